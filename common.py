@@ -1,0 +1,1239 @@
+"""What the six scripts share: sigma points, posterior terms, nets, data sets, and the plumbing of a run.
+
+    python common.py runs/        # one Markdown table of every results.json below runs/
+
+The first half is the method and the nets, the second half is plumbing that teaches nothing. Equation, table and
+appendix numbers are those of the paper: Janjoš, Rosenbaum, Dolgov, Zöllner, "Unscented Autoencoder", ICML 2023.
+
+Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dimension, [C,H,W] image.
+`scale` is the square root of the covariance Σ: standard deviations [B,n] (diagonal) or a lower-triangular L [B,n,n]
+(full), Σ = L Lᵀ.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torchvision.transforms.v2 import functional as image_ops
+from tqdm import tqdm
+
+HEURISTICS = ("random", "pairs", "largest")
+LOGVAR_LIMIT = 20.0  # |log σ²| beyond this is no posterior, only an overflow of exp at the paper's learning rate
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: `cli` shows it as one line and exits with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sigma points and samples of the posterior (Sec. 4)
+
+
+def check_sigma_points(k: int, n: int, kappa: float) -> None:
+    """Raise ValueError unless 1 <= k <= 2n+1 and kappa > -n (Eq. 5)."""
+    if not 1 <= k <= 2 * n + 1:
+        raise UserError(f"k = {k} sigma points: a latent space of {n} dimensions has 1 to {2 * n + 1} (2n+1)")
+    if not kappa > -n:
+        raise UserError(f"kappa = {kappa}: the radius sqrt(kappa + n) needs kappa > -n = {-n}")
+
+
+def sigma_points(mu: Tensor, scale: Tensor, kappa: float = 0.5) -> Tensor:
+    """All sigma points of N(mu, Σ), Eq. 5: the mean, then mean + columns, then mean - columns of sqrt(kappa + n)·L.
+
+    mu [B,n], scale [B,n] or L [B,n,n] -> [B,2n+1,n]. Their mean (Eq. 6) is mu; their covariance (Eq. 7) is
+    2(kappa+n)/(2n+1)·Σ, which is Σ for kappa = 1/2. Raises ValueError for kappa <= -n.
+    """
+    n = mu.shape[-1]
+    check_sigma_points(1, n, kappa)
+    columns = torch.diag_embed(scale) if scale.dim() == 2 else scale.mT  # [B,n,n], row i is column i of L
+    offsets = math.sqrt(kappa + n) * columns
+    mu = mu.unsqueeze(1)
+    return torch.cat([mu, mu + offsets, mu - offsets], dim=1)  # [B,2n+1,n]
+
+
+def sample_sigma_points(
+    mu: Tensor,
+    scale: Tensor,
+    k: int,
+    heuristic: str = "random",
+    kappa: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """K of the 2n+1 sigma points, drawn without replacement and independently for each image (Eq. 9, Appendix C).
+
+    mu [B,n], scale [B,n] or L [B,n,n] -> [B,K,n]; only the K points asked for are built. heuristic:
+    `random`: any of the 2n+1; `pairs`: both points of random axes; `largest`: both points of the axes with the largest
+    diagonal entries of Σ. The last two add the mean if K is odd. Raises ValueError for K outside 1..2n+1,
+    kappa <= -n, or an unknown heuristic.
+    """
+    B, n = mu.shape
+    check_sigma_points(k, n, kappa)
+    if heuristic == "random":  # the K largest of 2n+1 uniform numbers are K places without replacement
+        place = torch.rand(B, 2 * n + 1, device=mu.device, generator=generator).topk(k).indices  # [B,K] in 0..2n
+        axis = (place - 1) % n
+        sign = (place > 0).to(mu.dtype) - 2 * (place > n).to(mu.dtype)  # 0 for the mean, +1 or -1 for the columns
+    elif heuristic in HEURISTICS:
+        diagonal = scale.square() if scale.dim() == 2 else scale.square().sum(-1)  # Σ_ii [B,n]
+        score = diagonal if heuristic == "largest" else torch.rand(B, n, device=mu.device, generator=generator)
+        axis = score.topk(k // 2).indices.repeat(1, 2)
+        sign = torch.ones_like(axis, dtype=mu.dtype)
+        sign[:, k // 2 :] = -1
+        if k % 2:
+            axis, sign = F.pad(axis, (1, 0)), F.pad(sign, (1, 0))  # a sign of 0 is the mean
+    else:
+        raise UserError(f"heuristic {heuristic!r}: choose from {', '.join(HEURISTICS)}")
+    step = math.sqrt(kappa + n) * sign  # [B,K]
+    if scale.dim() == 2:  # column i of a diagonal L has one entry
+        offsets = mu.new_zeros(B, k, n).scatter(2, axis.unsqueeze(2), (step * scale.gather(1, axis)).unsqueeze(2))
+    else:
+        offsets = step.unsqueeze(2) * scale.mT.gather(1, axis.unsqueeze(2).expand(-1, -1, n))
+    return mu.unsqueeze(1) + offsets  # [B,K,n]
+
+
+def sample_gaussian(mu: Tensor, scale: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """K reparameterised samples z = mu + L ε, ε ~ N(0, I) (Eq. 4): mu [B,n], scale [B,n] or L [B,n,n] -> [B,K,n]."""
+    noise = torch.randn(mu.shape[0], k, mu.shape[1], device=mu.device, dtype=mu.dtype, generator=generator)
+    return mu.unsqueeze(1) + (noise * scale.unsqueeze(1) if scale.dim() == 2 else noise @ scale.mT)  # [B,K,n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Posterior and decoder terms of the losses (Eq. 10-20)
+
+
+def kl_divergence(mu: Tensor, scale: Tensor) -> Tensor:
+    """KL(N(mu, Σ) || N(0, I)) in nats, with the ½ of footnote 4 (Eq. 10 and 18 leave it out): -> [B]."""
+    diagonal = scale if scale.dim() == 2 else scale.diagonal(dim1=1, dim2=2)  # L_ii
+    trace = scale.square().flatten(1).sum(1)  # tr Σ = ‖L‖²_F
+    return 0.5 * (mu.square().sum(1) + trace - mu.shape[1] - 2 * diagonal.log().sum(1))
+
+
+def wasserstein2(mu: Tensor, scale: Tensor, squared: bool = False) -> Tensor:
+    """2-Wasserstein metric from N(mu, Σ) to N(0, I), W₂² = ‖mu‖² + ‖L - I‖²_F (Eq. 11, 19, 20): -> [B].
+
+    `squared` returns W₂². For a diagonal Σ this is exact. For a full L it is the paper's surrogate, since Eq. 19
+    takes tr(L) for tr(Σ^½). The gradient at W₂ = 0 is 0.
+    """
+    identity = 1.0 if scale.dim() == 2 else torch.eye(mu.shape[1], device=mu.device, dtype=mu.dtype)
+    difference = torch.cat([mu, (scale - identity).flatten(1)], dim=1)
+    return difference.square().sum(1) if squared else torch.linalg.vector_norm(difference, dim=1)
+
+
+def largest_variance(scale: Tensor) -> Tensor:
+    """λ_max(Σ), taken as the largest diagonal entry of Σ (below Eq. 12; exact for a diagonal Σ): -> [B]."""
+    return (scale.square() if scale.dim() == 2 else scale.square().sum(-1)).amax(1)
+
+
+def gradient_penalty(
+    decoder: nn.Module, mu: Tensor, generator: torch.Generator | None = None, fold: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian at mu (Eq. 12, 16).
+
+    mu [B,n] -> [B]. With `fold` (`Decoder.fold`, shared with the pass over the K points): E‖J u‖², u ~ N(0, I) over
+    latents, in forward mode. Without: E‖Jᵀ v‖² (Hutchinson), v = ±1 over pixels, by double backward. Each is the
+    cheaper of the two in its case (README, Speed). Batch norm uses its running statistics and leaves them alone, so J
+    is the Jacobian of a single image's decoding. Works under no_grad too.
+    """
+    create_graph = torch.is_grad_enabled()
+    with eval_mode(decoder), torch.compiler.set_stance("force_eager"):
+        if fold is not None:
+            u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(decoder(forward_ad.make_dual(mu, u), fold)).tangent  # J u [B,C,H,W]
+            return tangent.square().sum((1, 2, 3))
+        with torch.enable_grad():
+            mu = mu if mu.requires_grad else mu.detach().requires_grad_()
+            images = decoder(mu)
+            v = torch.rand(images.shape, device=mu.device, generator=generator).lt(0.5).to(images.dtype) * 2 - 1
+            (gradient,) = torch.autograd.grad(images, mu, v, create_graph=create_graph)  # Jᵀ v [B,n]
+        return gradient.square().sum(1)
+
+
+def slerp(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
+    """Spherical interpolation between a and b [...,n] (Appendix A); linear where they are (anti)parallel."""
+    cosine = F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).unsqueeze(-1)
+    omega, sine = cosine.acos(), (1 - cosine.square()).sqrt()
+    spherical = (torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b) / sine.clamp_min(1e-6)
+    return torch.where(sine > 1e-4, spherical, (1 - t) * a + t * b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nets (Table 4)
+
+
+def channels_at(width: float, *channels: int) -> list[int]:
+    """Hidden channels at a width multiplier, never fewer than 1."""
+    return [max(1, round(width * c)) for c in channels]
+
+
+class Encoder(nn.Module):
+    """x [B,C,H,W] in [-1,1] -> features [B, self.features]: six 3×3 stride-2 convolutions (Table 4)."""
+
+    def __init__(self, channels: int, image_size: int, width: float = 1.0) -> None:
+        super().__init__()
+        hidden = channels_at(width, 32, 64, 128, 256, 512, 1024)
+        layers = []
+        for c_in, c_out in zip([channels, *hidden], hidden, strict=False):
+            convolution = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)  # batch norm has the bias
+            layers += [convolution, nn.BatchNorm2d(c_out), nn.LeakyReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.features = hidden[-1] * math.ceil(image_size / 64) ** 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten(1).to(x.dtype)  # under autocast the heads and losses stay in float32
+
+
+class GaussianHead(nn.Module):
+    """Features [B,features] -> mu [B,n] and scale, σ [B,n] or with full covariance L [B,n,n] (Table 4, footnote 7)."""
+
+    def __init__(self, features: int, latent_dim: int, covariance: str = "diagonal") -> None:
+        super().__init__()
+        self.mu = nn.Linear(features, latent_dim)
+        self.logvar = nn.Linear(features, latent_dim)  # log σ²
+        self.correlation = None
+        if covariance == "full":
+            self.correlation = nn.Linear(features, latent_dim * (latent_dim - 1) // 2)
+            self.register_buffer("below", torch.tril_indices(latent_dim, latent_dim, -1), persistent=False)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        mu = self.mu(features)
+        sigma = (0.5 * self.logvar(features).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)).exp()
+        if self.correlation is None:
+            return mu, sigma
+        row, column = self.below  # row-major lower triangle
+        L = torch.diag_embed(sigma)
+        L[:, row, column] = torch.tanh(self.correlation(features)) * sigma[:, row] * sigma[:, column]  # footnote 7
+        return mu, L
+
+
+class Decoder(nn.Module):
+    """z [M,n] -> images [M,C,H,W] in (-1,1): linear to 8×8, 4×4 stride-2 transposed convolutions, tanh (Table 4).
+
+    Nothing non-linear stands between the linear layer and the first transposed convolution: together they are one
+    affine map z -> z A + a. `fold` multiplies it out, at the cost of n+1 transposed convolutions, and each of the M
+    points then costs one small matrix product in place of the largest layer. The function and its gradients are the
+    same up to rounding. `stock = True` switches this off (the reference of the benchmark).
+    """
+
+    stock = False
+
+    def __init__(self, latent_dim: int, channels: int, image_size: int, width: float = 1.0) -> None:
+        super().__init__()
+        stages = 2 if image_size == 32 else 3
+        hidden = channels_at(width, 1024, 512, 256, 128)[: stages + 1]
+        self.linear = nn.Linear(latent_dim, hidden[0] * 8 * 8)
+        self.first = nn.ConvTranspose2d(hidden[0], hidden[1], 4, stride=2, padding=1, bias=False)
+        layers = [nn.BatchNorm2d(hidden[1]), nn.LeakyReLU(inplace=True)]
+        for c_in, c_out in itertools.pairwise(hidden[1:]):
+            layers += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(c_out), nn.LeakyReLU(inplace=True)]
+        self.rest = nn.Sequential(*layers, nn.ConvTranspose2d(hidden[-1], channels, 3, padding=1))
+
+    def fold(self, points: int) -> tuple[Tensor, Tensor] | None:
+        """A [n, 16·16·hidden] and a [16·16·hidden] of the affine map, or None where `points` are too few to pay."""
+        if self.stock or points <= self.linear.in_features + 1:
+            return None
+        columns = torch.cat([self.linear.weight.T, self.linear.bias.unsqueeze(0)])  # [n+1, 1024·8·8]
+        columns = self.first(columns.unflatten(1, (-1, 8, 8)))  # [n+1, 512, 16, 16]
+        columns = columns.permute(0, 2, 3, 1).flatten(1)  # [n+1, 16·16·512]: channels last
+        return columns[:-1], columns[-1]
+
+    def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        fold = self.fold(len(z)) if fold is None else fold
+        if fold is None:
+            h = self.first(self.linear(z).unflatten(1, (-1, 8, 8)))
+        else:
+            h = torch.addmm(fold[1], z, fold[0])  # z A + a
+            h = h.unflatten(1, (16, 16, -1)).permute(0, 3, 1, 2)  # [M,512,16,16]
+        return torch.tanh(self.rest(h).to(z.dtype))
+
+
+@contextmanager
+def eval_mode(module: nn.Module):
+    """The module in evaluation mode for a while (batch norm: running statistics, used and not updated)."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets: every image is held as uint8 on the training device, batches are cut from there without workers
+
+# Where `--dataset` names no flag, these hold (Appendix A, Table 2). `folder` is any other value of `--dataset`.
+_PAPER = {"channels": 3, "image_size": 32, "width": 1.0, "epochs": 100, "sigma_points": "random", "flip": False}
+DEFAULTS = {
+    "digits": _PAPER | {"channels": 1, "latent_dim": 16, "width": 1 / 16, "epochs": 40},
+    "fashion_mnist": _PAPER | {"channels": 1, "latent_dim": 64},
+    "cifar10": _PAPER | {"latent_dim": 128, "sigma_points": "largest", "flip": True},
+    "celeba": _PAPER | {"latent_dim": 64, "image_size": 64},
+    "folder": _PAPER | {"latent_dim": 128},
+}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+CELEBA_SPLITS = {"train": 162770, "val": 19867, "test": 19962}  # in the order of the file names
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three uint8 tensors [N,C,H,W] on one device, and the defaults that the paper has for this data set."""
+
+    name: str
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    latent_dim: int
+    flip: bool  # random horizontal flip in training
+    width: float
+    epochs: int
+    sigma_points: str
+    preprocessing: str  # in words, for results.json and the key of cached statistics
+
+
+def defaults_of(name: str, image_size: int | None = None) -> dict:
+    """The defaults of a data set by name; any other name must be a folder of images. Raises UserError."""
+    if name in DEFAULTS and name != "folder":
+        return DEFAULTS[name]
+    if not Path(name).is_dir():
+        known = ", ".join(sorted(DEFAULTS.keys() - {"folder"}))
+        raise UserError(f"--dataset {name!r} is neither one of {known} nor a folder of images")
+    return DEFAULTS["folder"] | ({"latent_dim": DEFAULTS["celeba"]["latent_dim"]} if image_size == 64 else {})
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path = "data",
+    device: str | torch.device = "cpu",
+    image_size: int | None = None,
+    limit_train: int | None = None,
+) -> Dataset:
+    """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or a folder of images, as uint8 on `device`.
+
+    image_size (32 or 64) resizes to another size than the data set's own; limit_train keeps the first training images.
+    Raises UserError, with what to put where, if anything is missing or cannot be read.
+    """
+    defaults = defaults_of(name, image_size)
+    size = image_size or defaults["image_size"]
+    loaders = {"digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "celeba": _celeba}
+    if name in loaders:
+        splits, preprocessing = loaders[name](Path(data_dir))
+        if splits[0].shape[-1] != size:
+            splits = [image_ops.resize(split, [size, size], antialias=True) for split in splits]
+            preprocessing += f", resized to {size}"
+    else:
+        splits, preprocessing = _folder(Path(name), size)
+    train, val, test = splits
+    return Dataset(
+        name=name if name in loaders else Path(name).resolve().name,
+        train=train[:limit_train].to(device),
+        val=val.to(device),
+        test=test.to(device),
+        preprocessing=preprocessing,
+        **{key: defaults[key] for key in ("latent_dim", "flip", "width", "epochs", "sigma_points")},
+    )
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
+    """The data set of a run's arguments, rank 0 first. Raises UserError if it has too few images for a batch."""
+    with rank_zero_first():
+        data = load_dataset(args.dataset, args.data_dir, device, args.image_size, args.limit_train)
+    if len(data.train) < args.batch_size * world_size():
+        ranks = f" on each of {world_size()} ranks" if world_size() > 1 else ""
+        raise UserError(f"--batch-size {args.batch_size}{ranks}: there are only {len(data.train)} training images")
+    return data
+
+
+def _digits(_data_dir: Path) -> tuple[list[Tensor], str]:
+    from sklearn.datasets import load_digits
+
+    images = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 16  # [1797,1,8,8] in [0,1]
+    images = F.interpolate(images, size=(32, 32), mode="bilinear").mul(255).round().to(torch.uint8)
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]  # they come by writer
+    return list(images.split([1197, 300, 300])), "8x8 to 32x32 bilinear"
+
+
+def _fashion_mnist(data_dir: Path) -> tuple[list[Tensor], str]:
+    train, test = _torchvision("FashionMNIST", data_dir, "the four *-ubyte.gz files", data_dir / "FashionMNIST" / "raw")
+    images = [torch.as_tensor(split.data).unsqueeze(1) for split in (train, test)]
+    train, test = (image_ops.resize(split, [32, 32], antialias=True) for split in images)
+    validation = len(train) // 6  # 50k + 10k of the 60k
+    return [train[:-validation], train[-validation:], test], "28x28 to 32x32 bilinear antialiased"
+
+
+def _cifar10(data_dir: Path) -> tuple[list[Tensor], str]:
+    train, test = _torchvision("CIFAR10", data_dir, "cifar-10-python.tar.gz", data_dir)
+    train, test = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test))
+    validation = len(train) // 5  # 40k + 10k of the 50k
+    return [train[:-validation], train[-validation:], test], "as published"
+
+
+def _torchvision(name: str, data_dir: Path, files: str, place: Path) -> list:
+    from torchvision import datasets
+
+    try:
+        return [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, EOFError) as error:  # URLError is an OSError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot get {name} ({reason}): check the network, or put {files} into {place}/") from None
+
+
+def _celeba(data_dir: Path) -> tuple[list[Tensor], str]:
+    root, n = data_dir / "celeba", CELEBA_SPLITS
+    folder, partition = root / "img_align_celeba", root / "list_eval_partition.txt"
+    if not folder.is_dir():
+        raise UserError(f"CelebA is not in {root}/: put the folder img_align_celeba/ and list_eval_partition.txt there")
+    if partition.is_file():
+        splits = [[], [], []]
+        for line in partition.read_text().splitlines():
+            file, _, split = line.strip().rpartition(" ")
+            if split not in ("0", "1", "2") or not file:
+                raise UserError(f"{partition}: {line!r} is not '<file name> <0|1|2>'")
+            splits[int(split)].append(folder / file.strip())
+    else:
+        files = sorted(folder.glob("*.jpg"))
+        if len(files) != sum(n.values()):
+            raise UserError(
+                f"{folder}/ has {len(files)} of the {sum(n.values())} images: complete it, or add {partition}"
+            )
+        splits = [files[: n["train"]], files[n["train"] : -n["test"]], files[-n["test"] :]]
+    missing = [file for split in splits for file in split if not file.is_file()]
+    if missing or not all(splits):
+        what = f"{len(missing)} files are missing, the first is {missing[0]}" if missing else "an empty split"
+        raise UserError(f"CelebA by {partition}: {what}")
+    files = [file for split in splits for file in split]
+    key = json.dumps(["148 to 64", len(files), files[0].name, files[-1].name])
+    images = decode_images(files, 64, crop=148, cache=root / "celeba-64.npy", key=key)
+    return list(images.split([len(split) for split in splits])), "centre crop 148, resized to 64 bilinear antialiased"
+
+
+def _folder(root: Path, size: int) -> tuple[list[Tensor], str]:
+    names = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
+    if names and "train" not in names or "val" in names and "test" not in names:
+        raise UserError(
+            f"{root}/ has {' and '.join(f'{name}/' for name in names)}: give train/ val/ test/, train/ test/, or none"
+        )
+    names = names if "train" in names and "test" in names else {"train": root}
+    files = {name: image_files(folder) for name, folder in names.items()}
+    images = {name: decode_images(split, size) for name, split in files.items()}
+    shuffle = torch.randperm(len(images["train"]), generator=torch.Generator().manual_seed(0))
+    if "val" not in images:  # a fixed split, the same on every machine, for files of the same names
+        train = images["train"][shuffle]
+        held_out = len(train) // 5
+        if "test" in images:
+            held_out = min(held_out, len(images["test"]))
+            images["train"], images["val"] = train[held_out:], train[:held_out]
+        else:
+            images["val"], images["test"], images["train"] = train.tensor_split([held_out // 2, held_out])
+    if min(len(split) for split in images.values()) == 0:
+        raise UserError(f"{root}/: {len(shuffle)} images are too few to hold out validation and test images")
+    return [images[name] for name in ("train", "val", "test")], f"centre crop, resized to {size} bilinear antialiased"
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted by name. Raises UserError if there are none or a folder cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+    found = []
+    for top, _, files in os.walk(folder, onerror=fail, followlinks=True):
+        if any(os.path.samefile(top, parent) for parent in Path(top).parents if parent.is_relative_to(folder)):
+            raise UserError(f"{top} is a symbolic link to a folder above it: remove it")
+        found += [Path(top, file) for file in files]
+    files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def read_image(file: Path) -> Tensor:
+    """One image file of any mode as RGB uint8 [3,H,W]; transparency over white. Raises UserError naming the file."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(file))
+            if image.mode.startswith("I"):  # 16 bits a pixel: PIL would clip to 8
+                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"cannot read the image {file}: {error or type(error).__name__}") from None
+
+
+def decode_images(files: list[Path], size: int, crop: int = 0, cache: Path | None = None, key: str = "") -> Tensor:
+    """Image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size].
+
+    With `cache` the array is written there once, beside its `key`, and memory-mapped ever after; an incomplete or
+    foreign cache file is decoded anew. Raises UserError naming the file that cannot be read or written.
+    """
+    shape = (len(files), 3, size, size)
+    header = cache and cache.with_suffix(".json")
+    if cache and cache.is_file():
+        try:
+            images = np.load(cache, mmap_mode="r", allow_pickle=False)
+            if images.shape == shape and images.dtype == np.uint8 and header.read_text() == key:
+                return _map(images)
+        except (OSError, ValueError, EOFError):
+            pass  # half-written or not ours: decode anew
+
+    def decode(file: Path) -> Tensor:
+        image = read_image(file)
+        image = image_ops.center_crop(image, [crop or min(image.shape[1:])] * 2)
+        return image_ops.resize(image, [size, size], antialias=True)
+
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="decoding images", disable=rank() > 0) as bar:
+
+        def decoded():
+            for start in range(0, len(files), 1024):
+                for image in pool.map(decode, files[start : start + 1024]):
+                    bar.update()
+                    yield image.numpy()
+
+        if cache is None:
+            images = np.empty(shape, np.uint8)
+            for i, image in enumerate(decoded()):
+                images[i] = image
+            return torch.from_numpy(images)
+
+        def write(file) -> None:  # by ordinary writes: on a full disk a memory-mapped one would end in SIGBUS
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for image in decoded():
+                file.write(image.tobytes())
+
+        write_file(cache, write)
+        write_file(header, key)
+    return _map(np.load(cache, mmap_mode="r"))
+
+
+def _map(images: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "not writable": nothing here writes to a data set
+        return torch.from_numpy(images)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1,1], the range of the decoder's tanh."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1,1] -> uint8, rounded and clamped as an 8-bit image file would be."""
+    return ((images + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False):
+    """One epoch of float batches [B,C,H,W] in [-1,1] from uint8 images, shuffled by `seed`, the last short one dropped.
+
+    Shuffling, flipping and scaling happen on the images' device. Under torchrun every rank takes its own part of one
+    common permutation.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[rank() :: world_size()]
+    order = order[: len(images) // world_size()].to(images.device)
+    for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
+        x = images[batch]
+        if flip:
+            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            x = torch.where(mirrored, x.flip(-1), x)
+        yield to_float(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments and errors
+
+CHANGEABLE = {"epochs", "device", "data_dir", "fid", "fid_method", "compile", "resume", "eval_only"}  # on a saved run
+UNNAMED = CHANGEABLE - {"epochs"} | {"dataset", "out", "seed", "benchmark"}  # flags that are not in a folder's name
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """An argparse type: a finite int or float in [low, high], or in (low, high] with `above`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            limits = f"{'above' if above else 'of at least'} {low:g}" + (
+                f", at most {high:g}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
+        return value
+
+    return parse
+
+
+def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_flags=("--beta",)) -> Parser:
+    """The flags that every script has; `script` is its __file__, beta the default weight of its latent term."""
+    parser = Parser(prog=Path(script).name, description=description, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    by_data = "default: by data set"
+    add("--dataset", default="digits", help="digits, fashion_mnist, cifar10, celeba, or a folder of images")
+    add("--data-dir", default="data", help="where data sets are looked for, downloaded to and cached")
+    add("--image-size", type=int, choices=(32, 64), help=f"pixels, height and width ({by_data})")
+    add("--limit-train", type=number(int, 1), help="use only this many training images")
+    add("--out", default="runs", help="folder that gets one folder for each run")
+    add("--epochs", type=number(int, 0), help=f"passes over the training images; 0: the untrained net ({by_data})")
+    add("--batch-size", type=number(int, 2), default=64, help="images a step (on each rank, under torchrun)")
+    add("--lr", type=number(float, 0, 10, above=True), default=0.005, help="Adam's first learning rate")
+    add(*beta_flags, dest="beta", type=number(float, 0), default=beta, help="weight of the latent term")
+    add("--latent-dim", type=number(int, 2, 4096), help=f"n, dimensions of the latent space ({by_data})")
+    add("--width", type=number(float, 0, 8, above=True), help=f"multiplies all hidden channels ({by_data})")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, shuffling, noise and evaluation")
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
+    add(
+        "--precision",
+        choices=("fp32", "tf32", "bf16"),
+        help="of the nets (default: bf16 on CUDA that has it, else fp32)",
+    )
+    add("--compile", action="store_true", help="torch.compile the nets")
+    add("--stock", action="store_true", help="without the exact speed-ups; with --benchmark: both, in alternation")
+    add(
+        "--fid",
+        help="features: imagenet, tf, digits, none, or a state dict on disk (default: digits on digits, else imagenet)",
+    )
+    add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root of the Fréchet distance")
+    add("--resume", metavar="DIR", help="continue the run in this folder, with its arguments")
+    add("--eval-only", metavar="DIR", help="evaluate the best checkpoint of the run in this folder")
+    add(
+        "--benchmark",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="time this many steps on random images; trains nothing",
+    )
+    return parser
+
+
+def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse, fill in the data set's defaults, read back a saved run's arguments. Raises UserError or exits with 2."""
+    args = parser.parse_args(argv)
+    blank = argparse.Namespace(**dict.fromkeys(vars(args), parser))
+    given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not parser}
+    args.script = Path(parser.prog).stem
+    folder = args.resume or args.eval_only
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only: give one of the two")
+    if folder:
+        saved = load_json(Path(folder) / "args.json")
+        if saved.get("script") != args.script:
+            raise UserError(f"{folder} is a run of {saved.get('script')}.py, not of {args.script}.py")
+        changed = [name for name in given if name not in CHANGEABLE and given[name] != saved.get(name)]
+        if changed:
+            differ = ", ".join(f"--{n.replace('_', '-')} is {saved.get(n)!r}, not {given[n]!r}" for n in changed)
+            raise UserError(f"{folder} cannot go on with other arguments: {differ}")
+        vars(args).update(saved)
+        vars(args).update({name: given.get(name) for name in ("resume", "eval_only")})
+        vars(args).update({name: given[name] for name in given.keys() & CHANGEABLE})
+    else:
+        defaults = defaults_of(args.dataset, args.image_size)
+        defaults = defaults | {"fid": "digits" if args.dataset == "digits" else "imagenet"}
+        for name, value in defaults.items():
+            if getattr(args, name, None) is None and (name != "sigma_points" or hasattr(args, name)):
+                setattr(args, name, value)
+        named = [f"{n.replace('_', '')}{'' if v is True else v}" for n, v in given.items() if n not in UNNAMED]
+        data = args.dataset if args.dataset in DEFAULTS else Path(args.dataset).resolve().name
+        args.name = "-".join([args.script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
+    device = resolve_device(args.device)
+    if args.precision is None:
+        args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if args.precision == "tf32" and device.type != "cuda" or args.precision == "bf16" and device.type == "mps":
+        raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
+    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.resume and args.world_size != saved.get("world_size"):
+        raise UserError(f"{folder} ran on {saved.get('world_size')} ranks and cannot go on with {args.world_size}")
+    return args
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device by name; `auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    try:
+        device = torch.device(("cuda" if cuda else "mps" if mps else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is not a device: choose auto, cuda, mps or cpu") from None
+    here = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
+    if not here.get(device.type):
+        raise UserError(f"--device {name}: there is none on this machine, choose auto or cpu")
+    return device
+
+
+def cli(main) -> None:
+    """Run a script's main: a user's mistake is one line and exit code 2, Ctrl-C tells how to go on (130)."""
+    try:
+        main()
+    except UserError as error:
+        who = f"{Path(sys.argv[0]).name}{f' (rank {rank()})' if rank() else ''}"
+        print(f"{who}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        run = Run.current
+        if run and rank() == 0:
+            print(f"\nstopped; the last checkpoint is {run.dir / 'last.pt'}", file=sys.stderr)
+            print(f"go on with: python {run.args.script}.py --resume {run.dir}", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def load_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError naming the file."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+        reason = "not a JSON object"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+    raise UserError(f"cannot read {path}: {reason}")
+
+
+def write_file(path: Path, content) -> None:
+    """Replace a file atomically by text, bytes, or what `content(file)` writes. On UserError the old file stays."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks (torchrun), device, precision
+
+
+def rank() -> int:
+    """This process's number under torchrun, else 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes torchrun started, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Join the other ranks under torchrun, set precision and seed, return this rank's device."""
+    device = resolve_device(args.device)
+    if args.world_size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    warnings.filterwarnings("ignore", "`?torch.jit.script", FutureWarning)  # torch's own, in forward-mode derivatives
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.manual_seed(args.seed)
+    return device
+
+
+@contextmanager
+def rank_zero_first():
+    """Rank 0 goes through the block (downloading, caching) before the others do."""
+    if dist.is_initialized() and rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank() == 0:
+        dist.barrier()
+
+
+def from_rank_zero(function):
+    """What `function()` returns on rank 0, sent to all ranks."""
+    result = [function() if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace tensors of one dtype by their mean over the ranks, in one all-reduce."""
+    if world_size() > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, flat.div_(world_size()).split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def average_gradients(model: nn.Module) -> None:
+    """After backward(): the mean of the ranks' gradients, so that the global batch is --batch-size × ranks."""
+    average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Move a model to the device, alike on all ranks, with the precision, memory format and compilation asked for."""
+    model.to(device)
+    if world_size() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    use_stock(model, args.stock)
+    for net in model.modules():
+        if isinstance(net, Encoder | Decoder):
+            if args.precision == "bf16":  # the nets only: heads, posterior terms and losses stay in float32
+                for name in {"forward", "fold"} & set(dir(net)):
+                    setattr(net, name, torch.autocast(device.type, torch.bfloat16)(getattr(net, name)))
+            if args.compile:
+                net.compile()
+    torch.manual_seed(args.seed + 1_000_003 * rank())  # from here on each rank has its own noise
+    return model
+
+
+def use_stock(model: nn.Module, stock: bool) -> None:
+    """The plain path (no folding, default memory format), or the fast one (folding, channels last)."""
+    model.to(memory_format=torch.contiguous_format if stock else torch.channels_last)
+    for net in model.modules():
+        if isinstance(net, Decoder):
+            net.stock = stock
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: its folder, its checkpoints, its metrics
+
+
+@contextmanager
+def validating(model: nn.Module, device: torch.device):
+    """Evaluation mode, no gradients, and the same noise every time, without touching the training's random stream."""
+    average_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])  # batch norm's statistics
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def validation_batches(images: Tensor, batch_size: int):
+    """This rank's part of the images in float batches, in order, the last short one included."""
+    for batch in images[rank() :: world_size()].split(batch_size):
+        yield to_float(batch)
+
+
+class Run:
+    """A run's folder: arguments, checkpoints (`last.pt`, `best.pt`), `metrics.csv`, and the meters between them."""
+
+    current = None  # the run that Ctrl-C stops
+
+    def __init__(self, args, model, optimizer, scheduler, device) -> None:
+        self.args, self.model, self.optimizer, self.scheduler, self.device = args, model, optimizer, scheduler, device
+        self.epoch, self.best, self.history = 0, math.inf, []  # epochs done, best validation loss, rows of metrics.csv
+        self.bar, self.names, self.pending, self.logged = None, [], [], []
+        folder = args.resume or args.eval_only
+        self.dir = Path(folder) if folder else Path(from_rank_zero(self._new_folder))
+        if folder:
+            for leftover in self.dir.glob(".*.tmp") if rank() == 0 else ():  # of a killed run
+                leftover.unlink(missing_ok=True)
+            if args.resume:
+                self._restore(self.load(self.dir / "last.pt"))
+        if rank() == 0 and not args.eval_only:
+            write_file(self.dir / "args.json", json.dumps(vars(args), indent=1))
+        Run.current = self
+        if self.epoch == 0 and not args.eval_only:
+            self.save()  # from here on there is always a checkpoint to resume from
+
+    def _new_folder(self) -> str:
+        for copy in range(1, 1000):
+            folder = Path(self.args.out) / (self.args.name + (f"-{copy}" if copy > 1 else ""))
+            try:
+                folder.mkdir(parents=True)
+                return str(folder)
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise UserError(f"--out {self.args.out}: {folder} is in the way") from None
+            except OSError as error:
+                raise UserError(f"--out {self.args.out}: cannot make {folder}: {error.strerror}") from None
+        raise UserError(f"--out {self.args.out}: there are 999 runs named {self.args.name}, remove some")
+
+    def load(self, path: Path) -> dict:
+        """A checkpoint, loaded without executing code from it. Raises UserError naming the file."""
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises almost anything
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"cannot load the checkpoint {path}: {reason}") from None
+
+    def _restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
+        states = state["random"][rank()]
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    def load_best(self) -> int:
+        """Put the weights with the best validation loss into the model, return their epoch."""
+        state = self.load(self.dir / "best.pt")
+        self.model.load_state_dict(state["model"])
+        return state["epoch"]
+
+    def batches(self, images: Tensor):
+        """An epoch of training batches under a progress bar that shows the loss and the images/s of all ranks."""
+        args, self.flushed, self.images = self.args, time.perf_counter(), 0
+        description, total = f"epoch {self.epoch + 1}/{args.epochs}", len(images)
+        with tqdm(total=total, desc=description, unit="img", disable=rank() > 0, leave=False) as self.bar:
+            for x in epoch_batches(images, args.batch_size, args.seed + self.epoch, args.flip):
+                yield x
+                self.images += len(x) * world_size()
+                self.bar.update(len(x) * world_size())
+
+    def log(self, parts: dict[str, Tensor], images: int) -> None:
+        """Keep a step's losses on the device; about once a second fetch and show them, and check that they are finite."""
+        self.names = list(parts)
+        self.pending.append((torch.stack(list(parts.values())).detach(), images))
+        if time.perf_counter() - self.flushed > 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.pending:
+            return
+        values = torch.stack([value for value, _ in self.pending]).double().cpu()  # [steps, parts]
+        finite = values.isfinite().all(1)
+        if not finite.all():
+            bad = int(finite.long().argmin())
+            parts = ", ".join(f"{name} {v:g}" for name, v in zip(self.names, values[bad].tolist(), strict=True))
+            raise UserError(
+                f"the loss is not finite in epoch {self.epoch + 1}, step {len(self.logged) + bad + 1} ({parts}): "
+                f"lower --lr; {self.dir / 'last.pt'} is the last good checkpoint"
+            )
+        self.logged += [(value, images) for value, (_, images) in zip(values, self.pending, strict=True)]
+        self.pending, self.flushed = [], time.perf_counter()
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix(loss=f"{values[-1, 0].item():.5f}", refresh=False)
+
+    def means(self) -> dict[str, float]:
+        """The image-weighted means over all ranks of what was logged since the last call."""
+        self._flush()
+        weights = torch.tensor([images for _, images in self.logged], dtype=torch.float64)
+        sums = torch.cat([(torch.stack([v for v, _ in self.logged]) * weights[:, None]).sum(0), weights.sum()[None]])
+        sums = sums.float() if self.device.type == "mps" else sums
+        if dist.is_initialized():
+            sums = sums.to(self.device)
+            dist.all_reduce(sums)
+        self.logged = []
+        return dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
+    def end_epoch(self, train: dict[str, float], validation: dict[str, float], seconds: float) -> None:
+        """Count the epoch, keep its row of metrics.csv, and write the checkpoints."""
+        self.epoch += 1
+        row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {f"train_{name}": value for name, value in train.items()}
+        row |= {f"val_{name}": value for name, value in validation.items()}
+        self.history.append(row | {"seconds": seconds, "images_per_s": self.images / seconds})
+        if rank() == 0:
+            tqdm.write(
+                f"epoch {self.epoch:3d}  train {train['loss']:.5f}  validation {validation['loss']:.5f}"
+                f"  lr {row['lr']:.2g}  {self.images / seconds:.0f} images/s"
+            )
+        improved = validation["loss"] < self.best
+        self.best = min(self.best, validation["loss"])
+        self.save(improved)
+
+    def save(self, improved: bool = True) -> None:
+        """Write metrics.csv, best.pt if the epoch was the best, and last.pt, each atomically; last.pt, from which the
+        others can be made again, comes last."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        every = [states] * world_size()
+        if dist.is_initialized():
+            dist.all_gather_object(every, states)
+        if rank() == 0:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "epoch": self.epoch,
+                "best": self.best,
+                "history": self.history,
+                "random": every,
+                "args": vars(self.args),
+            }
+            if self.history:
+                write_file(self.dir / "metrics.csv", csv_text(self.history))
+            if improved:
+                write_file(self.dir / "best.pt", lambda file: torch.save(state, file))
+            write_file(self.dir / "last.pt", lambda file: torch.save(state, file))
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV, floats at full precision."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation in batches, pictures, benchmark, table
+
+
+def map_batches(function, inputs: Tensor, description: str, batch_size: int = 512) -> Tensor:
+    """function(batch) over inputs [N,...] in inference mode: all outputs [N,...], on the CPU.
+
+    Each rank does a part, and every rank gets the whole.
+    """
+    share = math.ceil(len(inputs) / world_size())
+    mine = inputs[rank() * share : (rank() + 1) * share]
+    outputs = []
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(mine), desc=description, unit="img", disable=rank() > 0, leave=False) as bar,
+    ):
+        for batch in mine.split(batch_size) if len(mine) else ():
+            outputs.append(function(batch).cpu())
+            bar.update(len(batch))
+    if dist.is_initialized():
+        every = [None] * world_size()
+        dist.all_gather_object(every, outputs)
+        outputs = [output for part in every for output in part]
+    return torch.cat(outputs)
+
+
+def save_grid(path: Path, images: Tensor, columns: int = 12) -> None:
+    """uint8 images [N,C,H,W] as one PNG."""
+    from torchvision.utils import save_image
+
+    write_file(path, lambda file: save_image(images.float() / 255, file, format="png", nrow=columns, padding=1))
+
+
+def save_curves(path: Path, history: list[dict]) -> None:
+    """Training and validation curves of every part of the loss, one panel each."""
+    from matplotlib.figure import Figure
+
+    names = [name.removeprefix("train_") for name in history[0] if name.startswith("train_")]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        for split in ("train", "val"):
+            axes.plot([row["epoch"] for row in history], [row[f"{split}_{name}"] for row in history], label=split)
+        axes.set(title=name, xlabel="epoch")
+        axes.legend()
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
+    """Fig. 5: histograms of |mean| (top) and variance (bottom) of 1000 posteriors, the first 16 dimensions."""
+    from matplotlib.figure import Figure
+
+    dimensions = min(16, mu.shape[1])
+    figure = Figure(figsize=(1.4 * dimensions, 3.2), layout="constrained")
+    axes = figure.subplots(2, dimensions, squeeze=False, sharey="row")
+    for i in range(dimensions):
+        axes[0, i].hist(mu[:1000, i].abs(), bins=30, color="tab:blue")
+        axes[1, i].hist(variance[:1000, i], bins=30, range=(0, max(1.2, variance.max().item())), color="tab:orange")
+        axes[0, i].set_title(f"z{i + 1}")
+    axes[0, 0].set_ylabel("|mean|")
+    axes[1, 0].set_ylabel("variance")
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=80))
+
+
+def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: torch.device) -> dict:
+    """Time `train_step(x)` on random images and print what it costs; with --stock, both paths in alternation."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def matmul_peak() -> float:  # FLOP/s of the best of a few products, in the precision of the nets
+        a, times = (
+            torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else None),
+            [],
+        )
+        for _ in range(6):
+            start = clock()
+            a @ a
+            times.append(clock() - start)
+        return 2 * 4096**3 / min(times)
+
+    x = torch.rand(args.batch_size, args.channels, args.image_size, args.image_size, device=device) * 2 - 1
+    paths = {"default": False, "stock": True} if args.stock else {"default": False}
+    seconds, flops, peak = {name: [] for name in paths}, {}, matmul_peak()
+    model.train()
+    for name, stock in paths.items():  # warm-up, and the count of operations as executed
+        use_stock(model, stock)
+        train_step(x)
+        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+            train_step(x)
+        flops[name] = counter.get_total_flops()
+    for _ in tqdm(range(args.benchmark), desc="steps", leave=False):
+        for name, stock in paths.items():
+            use_stock(model, stock)
+            start = clock()
+            train_step(x)
+            seconds[name].append(clock() - start)
+    peak = max(peak, matmul_peak())
+    points = args.batch_size * getattr(args, "k", 1)
+    results = {"peak_matmul_tflops": peak / 1e12}
+    print(
+        f"{args.script}.py on {device}, {args.precision}, {torch.get_num_threads()} CPU threads, width {args.width:g}"
+    )
+    print(f"{args.benchmark} steps of {args.batch_size} images {list(x.shape[1:])}, {points} decoded points")
+    for name, times in seconds.items():
+        median, rate = statistics.median(times), flops[name] / statistics.median(times)
+        results[name] = {"ms": median * 1e3, "images_per_s": args.batch_size / median, "tflop": flops[name] / 1e12}
+        print(
+            f"{name:8s} {args.batch_size / median:.1f} images/s, {points / median:.1f} points/s, "
+            f"{median * 1e3:.1f} ms a step ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}), "
+            f"{rate / 1e12:.3f} TFLOP/s: {100 * rate / peak:.0f}% of the matrix product's {peak / 1e12:.3f}"
+        )
+    if args.stock:
+        ratios = [slow / fast for fast, slow in zip(seconds["default"], seconds["stock"], strict=True)]
+        results["ratio"] = statistics.median(ratios)
+        print(f"default is {results['ratio']:.2f} times as fast as stock ({min(ratios):.2f} to {max(ratios):.2f})")
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    results["memory_gib"] = memory / 2**30
+    print(f"peak memory {results['memory_gib']:.2f} GiB")
+    return results | _benchmark_loader(args, device, clock)
+
+
+def _benchmark_loader(args: argparse.Namespace, device: torch.device, clock) -> dict:
+    """Images/s of `epoch_batches` and of a DataLoader with torchvision transforms that gives the same batches."""
+    from torch.utils.data import DataLoader
+    from torch.utils.data import Dataset as TorchDataset
+    from torchvision.transforms import v2
+
+    images = torch.randint(0, 256, (20_000, args.channels, args.image_size, args.image_size), dtype=torch.uint8)
+    transform = [v2.RandomHorizontalFlip()] if args.flip else []
+    transform = v2.Compose([*transform, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])
+
+    class Images(TorchDataset):
+        def __len__(self) -> int:
+            return 4_000
+
+        def __getitem__(self, index: int) -> Tensor:
+            return transform(images[index])
+
+    def rate(batches) -> float:
+        start, count = clock(), 0
+        for x in batches:
+            count += len(x.to(device))
+        return count / (clock() - start)
+
+    resident, ours, theirs = images.to(device), [], []
+    for seed in range(5):  # in alternation
+        ours.append(rate(epoch_batches(resident, args.batch_size, seed, args.flip)))
+        theirs.append(rate(DataLoader(Images(), args.batch_size, shuffle=True, drop_last=True)))
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    a, b = statistics.median(ours), statistics.median(theirs)
+    print(f"loader {a:.0f} images/s; DataLoader with the same output {b:.0f} images/s; ratio {ratio:.0f}")
+    return {"loader_images_per_s": a, "dataloader_images_per_s": b, "loader_ratio": ratio}
+
+
+# Rows of Table 2, then those of the other tables: the order of `python common.py runs/`
+ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "UT-VAE*", "UAE", "IWAE", "WAE-MMD"]
+
+
+def results_table(folder: Path) -> str:
+    """One Markdown table of all results.json below a folder, a row per model and data set, mean ± standard deviation
+    over seeds. Raises UserError if runs of one row differ in anything but the seed."""
+    ignored = {
+        "seed",
+        "name",
+        "out",
+        "data_dir",
+        "device",
+        "resume",
+        "eval_only",
+        "benchmark",
+        "fid_method",
+        "world_size",
+    }
+    rows = {}
+    for file in sorted(folder.rglob("results.json")):
+        result = load_json(file)
+        try:
+            key = (result["data"]["name"], result["features"], result["model"])
+            result["settings"] = {k: v for k, v in result["args"].items() if k not in ignored}
+            result["settings"]["images"] = result["images"]
+            rows.setdefault(key, []).append((file, result))
+        except (KeyError, TypeError):
+            raise UserError(f"{file} is not a results.json of these scripts") from None
+    if not rows:
+        raise UserError(f"no results.json below {folder}/")
+    lines = ["| Data set | Model | Features | Images | Rec. | Sample | Interp. | Seeds |", "|" + "---|" * 8]
+
+    def place(key: tuple) -> tuple:
+        base = key[2].split(" ")[0]
+        stem = (
+            base if base.startswith("RAE") else base.rstrip("†²").replace("-full", "").removesuffix("-GP").rstrip("²")
+        )
+        return key[0], key[1], ORDER.index(stem) if stem in ORDER else len(ORDER), key[2]
+
+    for key in sorted(rows, key=place):
+        (first, reference), *others = rows[key]
+        for file, result in others:
+            a, b = reference["settings"], result["settings"]
+            differ = [f"{k} ({a.get(k)!r}, {b.get(k)!r})" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+            if differ:
+                raise UserError(f"{first} and {file} are both {key[2]} on {key[0]} but differ in {', '.join(differ)}")
+        results = [result for _, result in rows[key]]
+        seeds = [result["args"]["seed"] for result in results]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{key[2]} on {key[0]}: seeds {seeds} are not different, remove the repeated run")
+        cells = []
+        for kind in ("reconstruction", "sample", "interpolation"):
+            values = [result[kind] for result in results]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        lines.append(
+            f"| {key[0]} | {key[2]} | {key[1]} | {reference['images']['test']} | {' | '.join(cells)} | {len(seeds)} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="common.py", description="One Markdown table of every results.json below a folder.")
+    parser.add_argument("folder", type=Path, help="for example runs/")
+    print(results_table(parser.parse_args(argv).folder))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,412 @@
+"""Fréchet distance between two sets of images (FID), in float64, and the paper's three-way evaluation (Appendix A).
+
+    FID = ‖m₁ - m₂‖² + tr(S₁ + S₂ - 2 (S₁ S₂)^½)                                    (Heusel et al., 2017)
+
+m and S are the mean and covariance of the 2048 pooled features of Inception v3.
+
+    python fid.py path/to/images path/to/other/images          # folders of images, or .npz files with mu and sigma
+    python fid.py path/to/images statistics.npz --save-stats   # save the statistics of a folder
+    python fid.py A B --inception tf                           # the original FID weights
+
+FID depends on the weights, the resizing and the number of images: all of them are printed with every value.
+"""
+
+import argparse
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import scipy
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import common
+from common import UserError
+
+TF_WEIGHTS = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+)
+BATCH = 50  # images a batch through Inception, for real and fake alike
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2, method: str = "sqrtm") -> float:
+    """Fréchet distance between N(mu1, sigma1) and N(mu2, sigma2), in float64: mu [d], sigma [d,d] -> float >= 0.
+
+    method: `sqrtm` takes the trace of scipy's matrix square root of sigma1·sigma2; `eigh` takes the same trace from
+    symmetric eigenvalues, tr((S₁^½ S₂ S₁^½)^½), which is faster and stays real for singular covariances.
+    Raises ValueError for shapes that do not match, values that are not finite, or an unknown method.
+    """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    d = mu1.shape[0] if mu1.ndim == 1 else -1
+    if not mu1.shape == mu2.shape == (d,) or not sigma1.shape == sigma2.shape == (d, d):
+        shapes = ", ".join(str(a.shape) for a in (mu1, sigma1, mu2, sigma2))
+        raise UserError(f"means and covariances of shapes {shapes}: two of [d] and two of [d,d] are needed")
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise UserError("means or covariances are not finite: look for NaN or infinite features")
+    if method == "sqrtm":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)  # singular: the trace is checked below
+            root = scipy.linalg.sqrtm(sigma1 @ sigma2)
+            if not np.isfinite(root).all():  # the square root of an exactly singular product
+                offset = 1e-6 * np.eye(d)
+                root = scipy.linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
+        trace, imaginary = np.trace(root).real, abs(np.trace(root).imag)
+        if not np.isfinite(trace) or imaginary > 1e-3 * max(abs(trace), 1e-12):
+            raise UserError(f"scipy's sqrtm failed (trace {np.trace(root):.6g}): take the method eigh")
+    elif method == "eigh":
+        values, vectors = scipy.linalg.eigh(sigma1)
+        half = (vectors * np.sqrt(values.clip(0))) @ vectors.T  # S₁^½
+        trace = np.sqrt(scipy.linalg.eigvalsh(half @ sigma2 @ half).clip(0)).sum()
+    else:
+        raise UserError(f"method {method!r}: choose sqrtm or eigh")
+    difference = mu1 - mu2
+    return max(0.0, float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace))
+
+
+def feature_statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and unbiased covariance [d,d] of features [N,d], in float64; warns unless N > d."""
+    features = features.double().cpu().numpy()
+    count, d = features.shape
+    if count < 2:
+        raise UserError(f"a covariance needs at least 2 images, there is {count}")
+    if count <= d:
+        warnings.warn(f"{count} images for {d} feature dimensions: the distance is biased upwards", stacklevel=2)
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+class InceptionFeatures(nn.Module):
+    """The 2048 pooled features of Inception v3: uint8 [B,C,H,W], or a list of [C,H,W], -> float32 [B,2048].
+
+    weights: `imagenet` (torchvision's), `tf` (the original FID weights, as ported for pytorch-fid), or the path of a
+    state dict of either. Grey is repeated to 3 channels; images are resized to 299×299 (bilinear, in float32) and
+    scaled to [-1,1]. Raises UserError if the weights cannot be had.
+    """
+
+    def __init__(self, weights: str | Path = "imagenet") -> None:
+        super().__init__()
+        state = _inception_weights(str(weights))
+        classes = state["fc.weight"].shape[0] if "fc.weight" in state else None
+        if classes not in (1000, 1008):
+            raise UserError(f"--fid {weights}: not a state dict of Inception v3 (torchvision's or pytorch-fid's)")
+        original = classes == 1008
+        self.kind = "imagenet" if not original else "tf"
+        net = torchvision.models.inception_v3(
+            weights=None, num_classes=classes, aux_logits=not original, transform_input=False, init_weights=False
+        )
+        try:
+            net.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"--fid {weights}: {str(error).splitlines()[1].strip()[:200]}") from None
+        net.fc, net.AuxLogits = nn.Identity(), None
+        if original:
+            _use_original_pools(net)
+        self.net = net.eval().requires_grad_(False)
+        self.hash = _hash(state.values())
+        self.name = f"inception-{self.kind}"
+
+    def train(self, mode: bool = True) -> "InceptionFeatures":
+        return super().train(False)  # always in evaluation mode
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        device = self.net.Conv2d_1a_3x3.conv.weight.device
+        groups = [images] if isinstance(images, Tensor) else [image.unsqueeze(0) for image in images]
+        x = torch.cat([self._resize(group.to(device)) for group in groups])  # [B,3,299,299]
+        tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with tf32, torch.autocast(device.type, enabled=False):
+            return self.net(x)
+
+    @staticmethod
+    def _resize(images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise UserError(f"images are {images.dtype} {list(images.shape)}: uint8 [B,1 or 3,H,W] is needed")
+        x = F.interpolate(images.float(), size=(299, 299), mode="bilinear")
+        return (x / 127.5 - 1).expand(-1, 3, -1, -1)
+
+
+def _inception_weights(weights: str) -> dict[str, Tensor]:
+    try:
+        if weights == "imagenet":
+            return torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+        if weights == "tf":
+            return torch.hub.load_state_dict_from_url(TF_WEIGHTS, map_location="cpu", check_hash=True)
+    except (OSError, RuntimeError) as error:
+        url = TF_WEIGHTS if weights == "tf" else torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url
+        place = Path(torch.hub.get_dir()) / "checkpoints"
+        raise UserError(
+            f"cannot get the Inception weights ({error}): put {url} into {place}/, or use --fid none"
+        ) from None
+    if not Path(weights).is_file():
+        raise UserError(f"--fid {weights!r}: choose imagenet, tf, digits, none, or the path of a state dict")
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises almost anything
+        raise UserError(f"--fid {weights}: cannot be loaded ({str(error).splitlines()[0][:200]})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"--fid {weights}: not a state dict")
+    return state
+
+
+def _use_original_pools(net: nn.Module) -> None:
+    """The pools in which the original network differs from torchvision's: means that do not count the padding in blocks
+    A, C and the first E, a maximum in the last E. In all of these the pooled branch is a block's last output."""
+
+    def mean_pool(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+    def max_pool(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 3, stride=1, padding=1)
+
+    def patch(block: nn.Module, pool) -> None:
+        branches = block._forward
+        block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
+
+    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+        patch(getattr(net, f"Mixed_{name}"), mean_pool)
+    patch(net.Mixed_7c, max_pool)
+
+
+class DigitsFeatures:
+    """The hidden layer of scikit-learn's MLPClassifier, fitted to the training digits: uint8 [B,1,32,32] -> [B,64].
+    Distances on it are called FDD, never FID."""
+
+    name = "digits-mlp"
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.neural_network import MLPClassifier
+
+        data = common.load_dataset("digits")
+        order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))  # as load_dataset shuffles them
+        labels = load_digits().target[order][: len(data.train)]
+        mlp = MLPClassifier((64,), activation="tanh", max_iter=60, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # stopping after 60 passes is meant
+            mlp.fit(data.train.flatten(1).numpy() / 255.0, labels)
+        self.weight, self.bias = (torch.from_numpy(a[0]) for a in (mlp.coefs_, mlp.intercepts_))
+        self.hash = _hash([self.weight, self.bias])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.cpu().flatten(1).double() / 255 @ self.weight + self.bias).tanh().float()
+
+
+def _hash(tensors) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_features(args: argparse.Namespace, data: common.Dataset, device: torch.device):
+    """The features that --fid names, or None for `none`, so that whatever is missing is missed before training."""
+    smallest = min(len(data.val), len(data.test))
+    if args.fid != "none" and (len(data.train) < COMPONENTS or smallest < 2):
+        counts = f"{len(data.train)} training and {smallest} validation or test images"
+        raise UserError(f"{counts} are too few to be evaluated (10 and 2): use --fid none")
+    if args.fid == "none":
+        return None
+    if args.fid == "digits":
+        if args.dataset != "digits" or args.image_size != 32:
+            raise UserError("--fid digits is for --dataset digits at 32x32: use imagenet, tf, none or a path")
+        return DigitsFeatures()
+    with common.rank_zero_first():
+        return InceptionFeatures(args.fid).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three-way evaluation
+
+COMPONENTS = 10  # of the ex-post mixture (Sec. 5.1)
+
+
+def mixture_samples(means: Tensor, count: int, seed: int) -> Tensor:
+    """`count` draws [count,n] from a 10-component full-covariance Gaussian mixture fitted to means [N,n] (Sec. 5.1)."""
+    from sklearn.mixture import GaussianMixture
+
+    mixture = GaussianMixture(min(COMPONENTS, len(means)), covariance_type="full", random_state=seed)
+    samples, _ = mixture.fit(means.double().numpy()).sample(count)
+    samples = samples[np.random.default_rng(seed).permutation(count)]  # they come sorted by component
+    return torch.from_numpy(samples).float()
+
+
+def reference_statistics(features, data: common.Dataset, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Feature statistics of the test images, cached below data_dir; a cache file that does not fit is made anew."""
+    key = {
+        "dataset": data.name,
+        "split": "test",
+        "preprocessing": data.preprocessing,
+        "features": [features.name, features.hash],
+        "images": len(data.test),
+        "pixels": _hash([data.test]),
+    }
+    key = json.dumps(key)
+    file = data_dir / "fid" / f"{data.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    try:
+        cached = np.load(file, allow_pickle=False)
+        mu, sigma = cached["mu"], cached["sigma"]
+        if str(cached["key"]) == key and sigma.shape == (*mu.shape, *mu.shape) and np.isfinite(sigma).all():
+            return mu, sigma
+    except Exception:  # missing, damaged or foreign: np.load raises almost anything
+        pass
+    mu, sigma = feature_statistics(common.map_batches(features, data.test, "features of the test images", BATCH))
+    if common.rank() == 0:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            common.write_file(file, lambda f: np.savez(f, mu=mu, sigma=sigma, key=key))
+        except (OSError, UserError) as error:
+            warnings.warn(f"the statistics of the test images are not cached: {error}", stacklevel=2)
+    return mu, sigma
+
+
+def evaluate(
+    run: common.Run, label: str, encoder: nn.Module, decoder: nn.Module, data: common.Dataset, features
+) -> dict:
+    """Appendix A on the best checkpoint: one image per input, decoded from the posterior mean, against the test images.
+
+    Reconstruction: decoded validation means. Sample: decoded draws from a mixture fitted to the training means.
+    Interpolation: decoded mid-points (slerp) of random pairs of validation means. Writes results.json and the
+    pictures, prints the table, returns the results. No image passes through the disk.
+    """
+    args, seed, count = run.args, run.args.seed, len(data.test)
+    epoch = run.load_best()
+    run.model.eval()
+
+    def encode(images: Tensor) -> Tensor:
+        posterior = encoder(common.to_float(images))
+        return posterior[0] if isinstance(posterior, tuple) else posterior  # the mean [B,n]
+
+    def decode(z: Tensor) -> Tensor:
+        return common.to_uint8(decoder(z.to(run.device)))
+
+    train = common.map_batches(encode, data.train, "means of the training images")
+    val = common.map_batches(encode, data.val, "means of the validation images")
+    pairs = torch.randint(len(val), (2, count), generator=torch.Generator().manual_seed(seed))
+    codes = {
+        "reconstruction": val,
+        "sample": common.from_rank_zero(lambda: mixture_samples(train, count, seed)),
+        "interpolation": common.slerp(val[pairs[0]], val[pairs[1]]),
+    }
+    images = {name: common.map_batches(decode, z, f"decoding: {name}") for name, z in codes.items()}
+    results = {
+        "model": label,
+        "script": args.script,
+        "data": {"name": data.name, "split": "test", "preprocessing": data.preprocessing},
+        "images": {"train": len(data.train), "test": count} | {name: len(z) for name, z in codes.items()},
+        "image_size": args.image_size,
+        "quantisation": "uint8, rounded",
+        "best_epoch": epoch,
+        "best_validation_loss": run.best if not args.eval_only else None,
+        "validation_mse": float(
+            (common.to_float(images["reconstruction"]) - common.to_float(data.val.cpu())).square().mean()
+        ),
+        "metric": None,
+        "features": "none",
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "scipy": scipy.__version__},
+        "args": vars(args),
+    }
+    if features is not None:
+        results |= {"metric": "FDD" if features.name == "digits-mlp" else "FID", "features": features.name}
+        results |= {"features_hash": features.hash, "method": args.fid_method}
+        reference = reference_statistics(features, data, Path(args.data_dir))
+        for name, fakes in images.items():
+            fakes = common.map_batches(features, fakes, f"features: {name}", BATCH)
+            if common.rank() == 0:
+                results[name] = frechet_distance(*feature_statistics(fakes), *reference, args.fid_method)
+    if common.rank() == 0:
+        _write_results(run, results, images, encoder, data)
+    return results
+
+
+def _write_results(run: common.Run, results: dict, images: dict[str, Tensor], encoder: nn.Module, data) -> None:
+    folder, grid = run.dir, 48
+    inputs, outputs = data.val[:grid].cpu(), images["reconstruction"][:grid]
+    rows = [part for pair in zip(inputs.split(12), outputs.split(12), strict=True) for part in pair]
+    common.save_grid(folder / "reconstructions.png", torch.cat(rows))
+    common.save_grid(folder / "samples.png", images["sample"][: 2 * grid])
+    common.save_grid(folder / "interpolations.png", images["interpolation"][: 2 * grid])
+    if run.history:
+        common.save_curves(folder / "curves.png", run.history)
+    with torch.inference_mode():
+        posterior = encoder(common.to_float(data.val[:1000]))
+    if isinstance(posterior, tuple):
+        mu, scale = posterior
+        variance = scale.square() if scale.dim() == 2 else scale.square().sum(-1)  # Σ_ii
+        results["mean_variance"] = variance.mean().item()
+        results["collapsed_dimensions"] = int((variance.mean(0) > 0.9).sum())  # variance of the prior (Appendix H)
+        common.save_posterior(folder / "posterior.png", mu.cpu(), variance.cpu())
+    common.write_file(folder / "results.json", json.dumps(results, indent=1))
+    print(f"\n{results['model']} on {results['data']['name']}, epoch {results['best_epoch']} (best validation loss)")
+    print(f"{'reconstruction MSE':20s} {results['validation_mse']:10.5f}   {len(data.val)} validation images")
+    for name in ("reconstruction", "sample", "interpolation") if results["metric"] else ():
+        against = (
+            f"{results['images'][name]} images against {results['images']['test']} test images, {results['features']}"
+        )
+        print(f"{results['metric'] + ' ' + name:20s} {results[name]:10.3f}   {against}")
+    print(f"everything is in {folder}/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def statistics_of(path: Path, features: InceptionFeatures, batch_size: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Feature statistics of a folder of images or of a saved .npz, and a few words on what they are of."""
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                mu, sigma = saved["mu"], saved["sigma"]
+                made_with = str(saved["features"]) if "features" in saved else None
+        except Exception as error:
+            raise UserError(f"cannot read the statistics {path}: {error}") from None
+        if made_with and made_with != f"{features.name} {features.hash}":
+            raise UserError(
+                f"{path} was made with {made_with}, not {features.name} {features.hash}: name its --inception"
+            )
+        return mu, sigma, f"{path.name} (saved)"
+    if not path.is_dir():
+        raise UserError(f"{path} is neither a folder of images nor an .npz file")
+    files, outputs, sizes = common.image_files(path), [], set()
+    with tqdm(total=len(files), desc=f"features of {path.name}", unit="img", leave=False) as bar:
+        for start in range(0, len(files), batch_size):
+            images = [common.read_image(file) for file in files[start : start + batch_size]]
+            sizes |= {f"{image.shape[2]}x{image.shape[1]}" for image in images}
+            outputs.append(features(images).cpu())
+            bar.update(len(images))
+    shown = sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes"
+    return *feature_statistics(torch.cat(outputs)), f"{path.name} ({len(files)} images, {shown})"
+
+
+def main(argv: list[str] | None = None) -> float | None:
+    parser = common.Parser(prog="fid.py", description=__doc__, formatter_class=common.Help)
+    parser.add_argument("a", type=Path, metavar="A", help="folder of images, or .npz with mu and sigma")
+    parser.add_argument("b", type=Path, metavar="B", help="the same; with --save-stats the .npz to write")
+    parser.add_argument("--save-stats", action="store_true", help="write the statistics of A to B")
+    parser.add_argument("--inception", default="imagenet", help="weights: imagenet, tf, or a state dict on disk")
+    parser.add_argument("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root")
+    parser.add_argument("--batch-size", type=common.number(int, 1), default=BATCH, help="images a batch")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
+    args = parser.parse_args(argv)
+    features = InceptionFeatures(args.inception).to(common.resolve_device(args.device))
+    mu, sigma, name = statistics_of(args.a, features, args.batch_size)
+    if args.save_stats:
+        made_with = f"{features.name} {features.hash}"
+        common.write_file(args.b, lambda file: np.savez(file, mu=mu, sigma=sigma, features=made_with))
+        print(f"wrote {args.b}: {name}, {features.name}")
+        return None
+    other = statistics_of(args.b, features, args.batch_size)
+    distance = frechet_distance(mu, sigma, *other[:2], args.fid_method)
+    print(f"FID {distance:.4f}   {name} and {other[2]}, {features.name} {features.hash}, {args.fid_method}")
+    return distance
+
+
+if __name__ == "__main__":
+    common.cli(main)
