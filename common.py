@@ -903,11 +903,11 @@ class Run:
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def load_best(self) -> int:
-        """Put the weights with the best validation loss into the model, return their epoch."""
+    def load_best(self) -> dict:
+        """Put the weights with the best validation loss into the model, return their checkpoint."""
         state = self.load(self.dir / "best.pt")
         self.model.load_state_dict(state["model"])
-        return state["epoch"]
+        return state
 
     def batches(self, images: Tensor):
         """An epoch of training batches under a progress bar that shows the loss and the images/s of all ranks."""
@@ -920,7 +920,7 @@ class Run:
                 self.bar.update(len(x) * world_size())
 
     def log(self, parts: dict[str, Tensor], images: int) -> None:
-        """Keep a step's losses on the device; about once a second fetch and show them, and check that they are finite."""
+        """Keep a step's losses on the device; about once a second fetch, show and check them for NaN and infinity."""
         self.names = list(parts)
         self.pending.append((torch.stack(list(parts.values())).detach(), images))
         if time.perf_counter() - self.flushed > 1:

@@ -277,7 +277,7 @@ def evaluate(
     pictures, prints the table, returns the results. No image passes through the disk.
     """
     args, seed, count = run.args, run.args.seed, len(data.test)
-    epoch = run.load_best()
+    checkpoint = run.load_best()
     run.model.eval()
 
     def encode(images: Tensor) -> Tensor:
@@ -303,8 +303,8 @@ def evaluate(
         "images": {"train": len(data.train), "test": count} | {name: len(z) for name, z in codes.items()},
         "image_size": args.image_size,
         "quantisation": "uint8, rounded",
-        "best_epoch": epoch,
-        "best_validation_loss": run.best if not args.eval_only else None,
+        "best_epoch": checkpoint["epoch"],  # 0: the untrained net
+        "best_validation_loss": checkpoint["best"] if checkpoint["epoch"] else None,
         "validation_mse": float(
             (common.to_float(images["reconstruction"]) - common.to_float(data.val.cpu())).square().mean()
         ),

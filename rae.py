@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> dict:
     add("--decoder-reg", choices=("none", "gp", "l2", "sn"), default="none", help="regularisation of the decoder")
     add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of gp and l2")
     args = common.parse_args(parser, argv)
+    if args.gamma != parser.get_default("gamma") and args.decoder_reg not in ("gp", "l2"):
+        raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --decoder-reg gp or l2")
     label = {"none": "RAE-no-reg", "gp": "RAE-GP", "l2": "RAE-L2", "sn": "RAE-SN"}[args.decoder_reg]
     device = common.start(args)
 

@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> dict:
     add("--gp", action="store_true", help="add the decoder regularisation of Eq. 12 (the -GP models)")
     add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of the decoder regularisation")
     args = common.parse_args(parser, argv)
+    if args.gamma != parser.get_default("gamma") and not args.gp:
+        raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --gp")
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
     star = {"kl": "", "w2": "*", "w2-squared": "*²"}[args.regularizer]
     variant = star + "-full" * (args.covariance == "full") + "-GP" * args.gp

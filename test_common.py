@@ -1,0 +1,1519 @@
+"""All tests: closed-form oracles for the method, small files in the real formats, tiny end-to-end runs.
+
+python -m pytest              # everything, on the CPU
+python -m pytest -k sigma     # some of it
+"""
+
+import csv
+import gzip
+import importlib
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import common
+import fid
+import iwae
+import rae
+import uae
+import ut_vae
+import vae
+import wae_mmd
+from common import UserError
+
+HERE = Path(__file__).parent
+SCRIPTS = {"vae": vae, "ut_vae": ut_vae, "uae": uae, "rae": rae, "iwae": iwae, "wae_mmd": wae_mmd}
+TINY = ["--limit-train", "96", "--batch-size", "32", "--width", "0.02", "--epochs", "1", "--fid", "none"]
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, from the same seed."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def posterior(B=5, n=4, full=True, dtype=torch.float64):
+    """mu [B,n] and a scale: σ [B,n] or a non-diagonal lower-triangular L [B,n,n] with a positive diagonal."""
+    mu = torch.randn(B, n, dtype=dtype)
+    if not full:
+        return mu, torch.rand(B, n, dtype=dtype) + 0.3
+    L = torch.randn(B, n, n, dtype=dtype).tril(-1)
+    return mu, L + torch.diag_embed(torch.rand(B, n, dtype=dtype) + 0.3)
+
+
+def covariance(scale):
+    return torch.diag_embed(scale.square()) if scale.dim() == 2 else scale @ scale.mT
+
+
+def moments(points):
+    """Mean (Eq. 6) and covariance (Eq. 7) of points [B,P,n] with uniform weights."""
+    mean = points.mean(1)
+    centred = points - mean.unsqueeze(1)
+    return mean, centred.mT @ centred / points.shape[1]
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = (torch.as_tensor(value, dtype=torch.float64) for value in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def as_set(points):
+    return sorted(tuple(round(v, 9) for v in point) for point in points.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sigma points
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kappa", [0.5, 0.0, 3.0])
+def test_sigma_points_have_the_moments_of_the_posterior(full, kappa):
+    mu, scale = posterior(full=full)
+    n = mu.shape[1]
+    mean, cov = moments(common.sigma_points(mu, scale, kappa))
+    close(mean, mu, 1e-12)
+    close(cov, 2 * (kappa + n) / (2 * n + 1) * covariance(scale), 1e-12)  # kappa = 1/2: Σ itself
+
+
+def test_sigma_points_come_as_mean_plus_columns_minus_columns():
+    mu, L = posterior(B=1, n=3)
+    points = common.sigma_points(mu, L, kappa=1.0)[0]
+    close(points[0], mu[0], 1e-12)
+    for i in range(3):
+        close(points[1 + i], mu[0] + 2 * L[0, :, i], 1e-12)
+        close(points[4 + i], mu[0] - 2 * L[0, :, i], 1e-12)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("heuristic", common.HEURISTICS)
+def test_all_sigma_points_are_the_full_transform(full, heuristic):
+    mu, scale = posterior(full=full)
+    drawn = common.sample_sigma_points(mu, scale, 9, heuristic)
+    for ours, whole in zip(drawn, common.sigma_points(mu, scale), strict=True):
+        assert as_set(ours) == as_set(whole)
+
+
+@pytest.mark.parametrize("heuristic", common.HEURISTICS)
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("full", [False, True])
+def test_sampled_sigma_points_are_different_points_of_the_set(heuristic, k, full):
+    mu, scale = posterior(B=50, full=full)
+    drawn = common.sample_sigma_points(mu, scale, k, heuristic)
+    assert drawn.shape == (50, k, 4)
+    for ours, whole in zip(drawn, common.sigma_points(mu, scale), strict=True):
+        assert len(set(as_set(ours))) == k
+        assert set(as_set(ours)) <= set(as_set(whole))
+
+
+def test_random_sigma_points_are_uniform_and_independent_per_image():
+    mu, scale = torch.zeros(9000, 4), torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(9000, 4)
+    drawn = common.sample_sigma_points(mu, scale, 3)  # every one of the 9 points in 3/9 of the images
+    whole = common.sigma_points(mu[:1], scale[:1])[0]
+    share = (drawn.unsqueeze(2) - whole).abs().amax(-1).lt(1e-6).any(1).float().mean(0)
+    close(share, torch.full((9,), 1 / 3), 0.02)
+
+
+@pytest.mark.parametrize("heuristic", ["pairs", "largest"])
+def test_pairs_are_symmetric_and_odd_k_adds_the_mean(heuristic):
+    mu, L = posterior(B=20)
+    for k in (2, 4, 5):
+        drawn = common.sample_sigma_points(mu, L, k, heuristic)
+        close(drawn.mean(1), mu, 1e-12)
+        assert ((drawn - mu.unsqueeze(1)).abs().amax(-1).amin(1) == 0).all() == (k % 2 == 1)
+
+
+def test_random_pairs_differ_between_images_and_largest_take_the_largest_of_sigma():
+    mu, L = posterior(B=200)
+    L[:, 3, :3], L[:, 3, 3] = 2.0, 0.1  # the last axis: the largest Σ_ii, the smallest L_ii
+    axis_3 = math.sqrt(4.5) * L[:, :, 3]
+    close((common.sample_sigma_points(mu, L, 2, "largest") - mu.unsqueeze(1))[:, 0], axis_3, 1e-12)
+    pairs = (common.sample_sigma_points(mu, L, 2, "pairs") - mu.unsqueeze(1))[:, 0]
+    share = (pairs - axis_3).abs().amax(1).lt(1e-9).double().mean()
+    assert 0.15 < share < 0.35  # one of four axes
+
+
+@pytest.mark.parametrize(("k", "kappa"), [(0, 0.5), (10, 0.5), (2, -4.0)])
+def test_impossible_sigma_points_name_the_numbers(k, kappa):
+    mu, scale = posterior()
+    with pytest.raises(ValueError, match=r"9|-4"):
+        common.sample_sigma_points(mu, scale, k, kappa=kappa)
+    with pytest.raises(ValueError, match="random, pairs, largest"):
+        common.sample_sigma_points(mu, scale, 1, "nosuch")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_only_the_points_asked_for_are_built(full):
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes = [t.untyped_storage().nbytes() for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+            self.size = max([self.size, *sizes])
+            return out
+
+    mu, scale = posterior(B=8, n=64, full=full, dtype=torch.float32)
+    with Largest() as largest:
+        for heuristic in common.HEURISTICS:
+            common.sample_sigma_points(mu, scale, 4, heuristic)
+    assert largest.size <= max(mu.numel() * 4 * 4, scale.numel() * 4)  # [B,K,n] or L itself, not [B,2n+1,n]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_random_samples_have_the_moments_of_the_posterior(full):
+    mu, scale = posterior(B=2, full=full)
+    mean, cov = moments(common.sample_gaussian(mu, scale, 400_000))
+    close(mean, mu, 0.02)
+    close(cov, covariance(scale), 0.05)
+
+
+def test_samplers_follow_their_generator():
+    mu, scale = posterior()
+    for draw in (common.sample_gaussian, common.sample_sigma_points):
+        a, b, c = (draw(mu, scale, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terms of the losses
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_kl_is_that_of_torch_distributions(full):
+    mu, scale = posterior(full=full)
+    L = torch.diag_embed(scale) if not full else scale
+    q = torch.distributions.MultivariateNormal(mu, scale_tril=L)
+    p = torch.distributions.MultivariateNormal(torch.zeros(4).double(), torch.eye(4).double())
+    close(common.kl_divergence(mu, scale), torch.distributions.kl_divergence(q, p))
+
+
+def test_w2_is_the_closed_form_of_two_gaussians():
+    mu, sigma = posterior(full=False)
+    for squared in (True, False):
+        for m, s, ours in zip(mu, sigma, common.wasserstein2(mu, sigma, squared), strict=True):
+            S = np.diag(s.numpy() ** 2)
+            closed = m @ m + np.trace(S + np.eye(4) - 2 * scipy.linalg.sqrtm(S))
+            close(ours, closed if squared else closed.sqrt())
+
+
+def test_w2_of_a_full_covariance_is_the_papers_surrogate():
+    mu, L = posterior()
+    closed = mu.square().sum(1) + torch.stack(
+        [torch.trace(c + torch.eye(4) - 2 * s) for c, s in zip(L @ L.mT, L, strict=True)]
+    )
+    close(common.wasserstein2(mu, L, squared=True), closed)  # Eq. 19, second line
+    close(common.wasserstein2(mu, L), closed.sqrt())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_w2_is_zero_with_a_finite_gradient_at_the_prior(full):
+    mu = torch.zeros(2, 3, requires_grad=True)
+    scale = torch.eye(3).repeat(2, 1, 1) if full else torch.ones(2, 3)
+    value = common.wasserstein2(mu, scale.requires_grad_())
+    value.sum().backward()
+    assert value.abs().max() == 0
+    assert mu.grad.isfinite().all() and scale.grad.isfinite().all()
+
+
+def test_largest_variance_is_the_largest_diagonal_entry_of_sigma():
+    for full in (False, True):
+        _, scale = posterior(full=full)
+        close(common.largest_variance(scale), covariance(scale).diagonal(dim1=1, dim2=2).amax(1), 1e-12)
+    _, sigma = posterior(full=False)  # diagonal: the eigenvalue itself
+    close(common.largest_variance(sigma), torch.linalg.eigvalsh(covariance(sigma))[:, -1], 1e-12)
+
+
+def small_decoder(n=3, size=32, channels=1, width=0.004):
+    decoder = common.Decoder(n, channels, size, width).double()
+    for buffer in (b for name, b in decoder.named_buffers() if "running" in name):
+        buffer.uniform_(0.5, 1.5)
+    with torch.no_grad():
+        decoder.first.weight.mul_(4)  # so that the tanh bends
+    return decoder
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+def test_gradient_penalty_is_the_jacobians_norm_on_average(forward_mode):
+    decoder, mu = small_decoder(), torch.randn(2, 3).double()
+    decoder.eval()
+    exact = torch.stack([torch.autograd.functional.jacobian(decoder, m[None]).square().sum() for m in mu])
+    decoder.train()
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    with torch.no_grad():
+        fold = decoder.fold(100) if forward_mode else None
+        draws = torch.stack([common.gradient_penalty(decoder, mu, fold=fold) for _ in range(3000)])
+    error = draws.std(0) / math.sqrt(3000)
+    assert ((draws.mean(0) - exact).abs() < 4 * error).all()
+    assert (error < 0.05 * exact).all()
+    assert decoder.training
+    for name, value in decoder.state_dict().items():  # batch norm's statistics are not touched
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+def test_gradient_penalty_has_the_gradient_of_the_jacobians_norm(forward_mode):
+    decoder, mu = small_decoder(n=2).eval(), torch.randn(1, 2).double().requires_grad_()
+    parameters = [mu, decoder.linear.weight, decoder.first.weight, *list(decoder.rest.parameters())[-2:]]
+    jacobian = torch.autograd.functional.jacobian(decoder, mu, create_graph=True)
+    exact = torch.autograd.grad(jacobian.square().sum(), parameters)
+    mu_many = mu.repeat(8000, 1)  # as many draws in one batch
+    penalty = common.gradient_penalty(decoder, mu_many, fold=decoder.fold(8000) if forward_mode else None)
+    for ours, reference in zip(torch.autograd.grad(penalty.mean(), parameters), exact, strict=True):
+        assert (ours - reference).norm() < 0.15 * reference.norm()
+
+
+def test_slerp_ends_and_norm():
+    a, b = (nn.functional.normalize(torch.randn(6, 5).double(), dim=-1) for _ in range(2))
+    close(common.slerp(a, b, 0.0), a)
+    close(common.slerp(a, b, 1.0), b)
+    middle = common.slerp(a, b)
+    close(middle.norm(dim=-1), torch.ones(6))  # stays on the sphere
+    close((middle * a).sum(-1), (middle * b).sum(-1))  # half way
+    for parallel in (a, 2 * a, -a):
+        close(common.slerp(a, parallel), (a + parallel) / 2, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nets
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "n", "encoder_parameters", "decoder_parameters"),
+    [(1, 32, 64, 6_420_832, 14_749_441), (3, 32, 128, 6_552_608, 18_948_355), (3, 64, 64, 6_421_408, 15_275_139)],
+)
+def test_nets_are_those_of_table_4(channels, size, n, encoder_parameters, decoder_parameters):
+    net = common.Encoder(channels, size)
+    encoder, decoder = nn.Sequential(net, common.GaussianHead(net.features, n)), common.Decoder(n, channels, size)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [32, 64, 128, 256, 512, 1024]
+    assert all((m.kernel_size, m.stride, m.padding) == ((3, 3), (2, 2), (1, 1)) for m in convolutions)
+    assert net.features == 1024  # the FC 1024×n of Table 4
+    transposed = [m for m in decoder.modules() if isinstance(m, nn.ConvTranspose2d)]
+    assert [m.in_channels for m in transposed] == [1024, 512, 256] + [128] * (size == 64)
+    assert [m.kernel_size[0] for m in transposed] == [4, 4] + [4] * (size == 64) + [3]
+    assert decoder.linear.out_features == 1024 * 8 * 8
+    count = [sum(p.numel() for p in module.parameters()) for module in (encoder, decoder)]
+    assert count == [encoder_parameters, decoder_parameters]
+    mu, sigma = encoder(torch.rand(2, channels, size, size))
+    assert mu.shape == sigma.shape == (2, n)
+    images = decoder(mu)
+    assert images.shape == (2, channels, size, size)
+    assert images.abs().max() <= 1  # tanh, in float32
+
+
+def test_width_multiplies_the_hidden_channels():
+    assert common.channels_at(0.0625, 32, 1024) == [2, 64]
+    assert common.channels_at(1e-6, 32) == [1]
+
+
+def test_full_covariance_head_builds_footnote_7():
+    head = common.GaussianHead(6, 3, "full")
+    features = torch.randn(4, 6)
+    _, L = head(features)
+    s, r = (0.5 * head.logvar(features)).exp().T, head.correlation(features).tanh().T
+    zero = torch.zeros(4)
+    rows = [[s[0], zero, zero], [r[0] * s[1] * s[0], s[1], zero], [r[1] * s[2] * s[0], r[2] * s[2] * s[1], s[2]]]
+    close(L, torch.stack([torch.stack(row, -1) for row in rows], -2))
+
+
+def test_log_variance_is_bounded():
+    head = common.GaussianHead(1, 2)
+    for sign in (1e30, -1e30):
+        _, sigma = head(torch.full((1, 1), sign))
+        assert sigma.isfinite().all() and (sigma > 0).all()
+        assert common.kl_divergence(torch.zeros(1, 2), sigma).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("spectral", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_folding_changes_neither_values_nor_gradients(size, spectral, full):
+    decoder = small_decoder(size=size, channels=3, width=0.01)
+    if spectral:
+        for layer in (decoder.linear, decoder.first, decoder.rest[2]):
+            nn.utils.parametrizations.spectral_norm(layer).double()
+    decoder.eval()  # where spectral_norm does no further power iteration
+    mu, scale = posterior(B=3, n=3, full=full)
+    results = []
+    for stock in (False, True):
+        decoder.stock = stock
+        m, s = mu.clone().requires_grad_(), scale.clone().requires_grad_()
+        z = common.sample_sigma_points(m, s, 3, generator=torch.Generator().manual_seed(0)).flatten(0, 1)
+        assert (decoder.fold(len(z)) is None) == stock
+        images = decoder(z)
+        weights = torch.linspace(-1, 1, images.numel()).double().view_as(images)
+        gradients = torch.autograd.grad((images * weights).sum(), [m, s, *decoder.parameters()])
+        results.append((images, *gradients))
+    for fast, slow in zip(*results, strict=True):
+        close(fast, slow, 1e-9)
+
+
+def test_folding_is_used_only_where_it_is_cheaper():
+    decoder = common.Decoder(16, 1, 32, 0.01)
+    assert decoder.fold(17) is None
+    assert decoder.fold(18) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses of the scripts
+
+
+def nets(n=6, full=False, deterministic=False, seed=0):
+    torch.manual_seed(seed)
+    net = common.Encoder(1, 32, 0.02)
+    head = (
+        nn.Linear(net.features, n)
+        if deterministic
+        else common.GaussianHead(net.features, n, "full" if full else "diagonal")
+    )
+    return nn.Sequential(net, head), common.Decoder(n, 1, 32, 0.01)
+
+
+ARGS = dict(
+    k=3, sigma_points="random", kappa=0.5, beta=0.01, gamma=1e-3, regularizer="w2", gp=True, per_sample=False,
+    mean_image=False, decoder_reg="none", kernel="imq",
+)  # fmt: skip
+
+
+def loss_of(script, seed=1, full=False, encoder_decoder=None, **changes):
+    encoder, decoder = encoder_decoder or nets(full=full, deterministic=script in (rae, wae_mmd))
+    x = torch.rand(12, 1, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    torch.manual_seed(seed)
+    return script.loss(encoder, decoder, x, Namespace(**ARGS | changes))
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("heuristic", common.HEURISTICS)
+def test_uae_is_ut_vae_with_w2_and_gp(full, heuristic):
+    for regularizer in ("w2", "w2-squared"):
+        a, b = (loss_of(s, full=full, sigma_points=heuristic, regularizer=regularizer) for s in (uae, ut_vae))
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+def test_uae_loss_is_equation_8():
+    encoder, decoder = nets()
+    encoder.eval(), decoder.eval()
+    x = torch.rand(4, 1, 32, 32) * 2 - 1
+    parts = uae.loss(encoder, decoder, x, Namespace(**ARGS | {"k": 13}))  # all 2n+1: nothing random but the penalty
+    mu, sigma = encoder(x)
+    points = common.sigma_points(mu, sigma)
+    mean_image = torch.stack([decoder(points[:, i]) for i in range(13)]).mean(0)
+    close(parts["rec"], ((x - mean_image) ** 2).mean())  # Eq. 9
+    close(parts["reg"], (mu.square().sum(1) + (sigma - 1).square().sum(1)).sqrt().mean())  # root of Eq. 19
+    close(parts["loss"], parts["rec"] + 0.01 * parts["reg"] + 1e-3 * parts["gp"])
+
+
+def test_reconstruction_of_vae_and_ut_vae_and_their_daggers():
+    for script, flag in ((vae, "mean_image"), (ut_vae, "per_sample")):
+        encoder, decoder = nets()
+        encoder.eval(), decoder.eval()
+        x = torch.rand(12, 1, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+        torch.manual_seed(1)
+        mu, sigma = encoder(x)
+        z = common.sample_gaussian(mu, sigma, 3) if script is vae else common.sample_sigma_points(mu, sigma, 3)
+        images = torch.stack([decoder(z[:, k]) for k in range(3)])
+        per_sample, of_mean = ((x - images) ** 2).mean(), ((x - images.mean(0)) ** 2).mean()
+        plain, dagger = (per_sample, of_mean) if script is vae else (of_mean, per_sample)
+        for value, expected in ((False, plain), (True, dagger)):
+            close(loss_of(script, encoder_decoder=(encoder, decoder), **{flag: value})["rec"], expected)
+
+
+@pytest.mark.parametrize(
+    ("script", "changes"),
+    [
+        *[(s, c) for s in (vae, ut_vae) for c in ({"regularizer": "kl"}, {"regularizer": "w2-squared"}, {"gp": False}, {"k": 5})],
+        (vae, {"mean_image": True}), (ut_vae, {"per_sample": True}), (ut_vae, {"kappa": 2.0}), (ut_vae, {"sigma_points": "pairs"}),
+        (ut_vae, {"sigma_points": "largest"}), (uae, {"gamma": 1.0}), (uae, {"kappa": 2.0}), (uae, {"regularizer": "w2-squared"}),
+        (uae, {"beta": 1.0}), (rae, {"decoder_reg": "gp"}), (rae, {"decoder_reg": "l2"}), (rae, {"beta": 1.0}),
+        (iwae, {"k": 5}), (iwae, {"beta": 1.0}), (wae_mmd, {"kernel": "rbf"}), (wae_mmd, {"beta": 1.0}),
+    ],
+)  # fmt: skip
+def test_every_variant_changes_the_loss(script, changes):
+    assert loss_of(script)["loss"].item() != loss_of(script, **changes)["loss"].item()
+
+
+@pytest.mark.parametrize("script", [vae, ut_vae, uae])
+def test_full_covariance_changes_the_loss(script):
+    assert loss_of(script)["loss"].item() != loss_of(script, full=True)["loss"].item()
+
+
+def test_iwae_with_one_sample_is_the_vaes_objective():
+    encoder, decoder = nets()
+    parts = loss_of(iwae, k=1, encoder_decoder=(encoder, decoder))
+    x = torch.rand(12, 1, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    torch.manual_seed(1)
+    mu, sigma = encoder(x)
+    z = common.sample_gaussian(mu, sigma, 1)[:, 0]  # the same noise
+    q, p = torch.distributions.Normal(mu, sigma), torch.distributions.Normal(0, 1)
+    kl = q.log_prob(z).sum(1) - p.log_prob(z).sum(1)
+    close(parts["loss"], (((x - decoder(z)) ** 2).mean((1, 2, 3)) + 0.01 * kl).mean())
+
+
+def test_iwae_sampled_kl_is_the_kl_on_average():
+    mu, sigma = posterior(full=False)
+    ratio = iwae.log_ratio(common.sample_gaussian(mu, sigma, 200_000), mu, sigma)
+    close(ratio.mean(1), common.kl_divergence(mu, sigma), 0.03)
+
+
+def test_iwae_bound_falls_with_k_and_prefers_better_samples():
+    losses = torch.rand(5000, 16).double()
+    bounds = [iwae.bound(losses[:, :k], 0.3).mean().item() for k in (1, 2, 4, 8, 16)]
+    assert bounds == sorted(bounds, reverse=True)
+    close(bounds[0], losses[:, 0].mean())
+    sample = torch.tensor([[0.1, 0.2, 0.9]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(iwae.bound(sample, 0.3).sum(), sample)
+    close(gradient, torch.softmax(-sample / 0.3, 1))
+    assert gradient[0, 0] > gradient[0, 1] > gradient[0, 2]
+
+
+@pytest.mark.parametrize("kernel", ["imq", "rbf"])
+def test_mmd_is_the_double_loop(kernel):
+    z, p = torch.randn(7, 3).double(), torch.randn(7, 3).double() + 1
+
+    def k(a, b):
+        d = float(((a - b) ** 2).sum())
+        return 6 / (6 + d) if kernel == "imq" else math.exp(-d / 6)
+
+    zz = sum(k(z[i], z[j]) for i in range(7) for j in range(7) if i != j) / 42
+    pp = sum(k(p[i], p[j]) for i in range(7) for j in range(7) if i != j) / 42
+    zp = sum(k(z[i], p[j]) for i in range(7) for j in range(7)) / 49
+    close(wae_mmd.mmd(z, p, kernel), zz + pp - 2 * zp, 1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["imq", "rbf"])
+def test_mmd_is_zero_on_average_for_equal_distributions_and_positive_for_others(kernel):
+    same = torch.stack([wae_mmd.mmd(torch.randn(16, 4), torch.randn(16, 4), kernel) for _ in range(2000)])
+    assert abs(same.mean()) < 4 * same.std() / math.sqrt(2000)
+    assert wae_mmd.mmd(torch.randn(200, 4) + 2, torch.randn(200, 4), kernel) > 0.1
+    assert wae_mmd.mmd(torch.randn(1, 4), torch.randn(1, 4), kernel).isfinite()  # a last batch of one image
+
+
+def test_rae_l2_has_the_gradient_of_weight_decay():
+    _, decoder = nets(deterministic=True)
+    weights = [p for p in decoder.parameters() if p.dim() > 1]
+    decayed = [w.detach().clone().requires_grad_() for w in weights]
+    optimizer = torch.optim.SGD(decayed, lr=1.0, weight_decay=2 * 0.01)  # γ‖w‖² has gradient 2γw
+    for w in decayed:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    gradients = torch.autograd.grad(0.01 * rae.weight_norm(decoder), weights)
+    for w, gradient, after in zip(weights, gradients, decayed, strict=True):
+        close(w - gradient, after)
+
+
+def test_rae_sn_bounds_every_layer_of_the_decoder(monkeypatch):
+    built = {}
+    original = common.prepare
+    monkeypatch.setattr(common, "prepare", lambda model, *rest: built.setdefault("model", original(model, *rest)))
+    rae.main([*TINY, "--decoder-reg", "sn"])
+    decoder = built["model"]["decoder"].eval()
+    layers = [m for m in decoder.modules() if isinstance(m, nn.Linear | nn.ConvTranspose2d)]
+    assert len(layers) == 4
+    for layer in layers:
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.transpose(0, 1)
+        norm = torch.linalg.matrix_norm(weight.flatten(1), ord=2)
+        raw = layer.parametrizations.weight.original
+        raw = raw if isinstance(layer, nn.Linear) else raw.transpose(0, 1)
+        assert abs(norm - 1) < 0.25  # power iteration: nearly 1
+        close(weight, raw / (torch.linalg.matrix_norm(raw.flatten(1), ord=2) / norm), 1e-3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+@pytest.mark.parametrize("full", [False, True])
+def test_losses_run_on_a_cuda_device_without_one(script, full):
+    """Shapes and devices only: a tensor made on the wrong device raises."""
+    if full and script in (rae, wae_mmd, iwae):
+        pytest.skip("no covariance")
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        encoder, decoder = nets(full=full, deterministic=script in (rae, wae_mmd))
+        x = common.to_float(torch.zeros(12, 1, 32, 32, dtype=torch.uint8))
+        for heuristic, gp in itertools.product(common.HEURISTICS, ("gp", "l2")):
+            with torch.no_grad() if gp == "gp" and script is rae else torch.enable_grad():
+                parts = script.loss(
+                    encoder, decoder, x, Namespace(**ARGS | {"sigma_points": heuristic, "decoder_reg": "l2"})
+                )
+            assert all(part.device.type == "cuda" and part.shape == () for part in parts.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets, from small files in the real formats
+
+
+def noise_image(height=32, width=32, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.squeeze() if image.shape[-1] == 1 else image).save(path, **options)
+    return path
+
+
+def test_digits_are_the_real_images_in_three_parts():
+    data = common.load_dataset("digits")
+    assert [len(split) for split in (data.train, data.val, data.test)] == [1197, 300, 300]
+    assert data.train.dtype == torch.uint8 and data.train.shape[1:] == (1, 32, 32)
+    assert data.train.max() > 250 and data.train.min() == 0
+    together = torch.cat([data.train, data.val, data.test]).flatten(1)
+    assert len(together.unique(dim=0)) == 1797  # none twice
+
+
+def idx(array):
+    return struct.pack(">HBB" + "I" * array.ndim, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def test_fashion_mnist_from_idx_files():
+    raw = Path("data/FashionMNIST/raw")
+    raw.mkdir(parents=True)
+    images = {
+        "train": noise_image(28, 28, 60).transpose(2, 0, 1),
+        "t10k": noise_image(28, 28, 10, 1).transpose(2, 0, 1),
+    }
+    for split, array in images.items():
+        for name, content in (
+            ("images-idx3", np.ascontiguousarray(array)),
+            ("labels-idx1", np.zeros(len(array), np.uint8)),
+        ):
+            (raw / f"{split}-{name}-ubyte").write_bytes(idx(content))
+            (raw / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(idx(content)))
+    data = common.load_dataset("fashion_mnist")
+    assert [len(split) for split in (data.train, data.val, data.test)] == [50, 10, 10]
+    assert data.train.shape[1:] == (1, 32, 32) and data.latent_dim == 64 and not data.flip
+    small = torch.nn.functional.interpolate(
+        torch.from_numpy(images["t10k"][:1, None].copy()).float(), 32, mode="bilinear"
+    )
+    assert (data.test[:1].float() - small).abs().max() <= 1
+
+
+def test_cifar10_from_its_pickles(monkeypatch):
+    import hashlib
+
+    from torchvision import datasets
+
+    root = Path("data/cifar-10-batches-py")
+    root.mkdir(parents=True)
+    pixels, lists = {}, {"train_list": [], "test_list": []}
+    for i, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
+        pixels[name] = np.random.default_rng(i).integers(0, 256, (10, 3072), dtype=np.uint8)
+        content = pickle.dumps({"data": pixels[name], "labels": [0] * 10})
+        (root / name).write_bytes(content)
+        lists["test_list" if "test" in name else "train_list"].append([name, hashlib.md5(content).hexdigest()])
+    (root / "batches.meta").write_bytes(meta := pickle.dumps({"label_names": ["a"]}))
+    monkeypatch.setattr(
+        datasets.CIFAR10,
+        "meta",
+        {"filename": "batches.meta", "key": "label_names", "md5": hashlib.md5(meta).hexdigest()},
+    )
+    for name, value in lists.items():
+        monkeypatch.setattr(datasets.CIFAR10, name, value)
+    data = common.load_dataset("cifar10")
+    assert [len(split) for split in (data.train, data.val, data.test)] == [16, 4, 10]
+    assert torch.equal(data.test[3].flatten(), torch.from_numpy(pixels["test_batch"][3]))  # channels, rows, columns
+    assert data.flip and data.sigma_points == "largest" and data.latent_dim == 128
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "FashionMNIST"])
+def test_a_failed_download_says_what_to_put_where(name, monkeypatch):
+    from torchvision import datasets
+
+    def download(*_args, **_options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(getattr(datasets, name), "download", download)
+    with pytest.raises(UserError, match=r"Name or service.*put .* into data"):
+        common.load_dataset({"CIFAR10": "cifar10", "FashionMNIST": "fashion_mnist"}[name])
+
+
+def celeba(partition="0 0 0 0 1 1 2 2"):
+    root = Path("data/celeba")
+    for i, _ in enumerate(partition.split()):
+        save(root / "img_align_celeba" / f"{i + 1:06d}.jpg", noise_image(218, 178, 3, i))
+    lines = [f"{i + 1:06d}.jpg {split}" for i, split in enumerate(partition.split())]
+    (root / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_celeba_is_decoded_once_by_its_partition_and_then_mapped(monkeypatch):
+    root = celeba("0 2 0 1 0 1 2 0")
+    first = common.load_dataset("celeba")
+    assert [len(split) for split in (first.train, first.val, first.test)] == [4, 2, 2]
+    image = (
+        Image.open(root / "img_align_celeba" / "000002.jpg").crop((15, 35, 163, 183)).resize((64, 64), Image.BILINEAR)
+    )
+    assert (first.test[0].float() - torch.from_numpy(np.array(image)).permute(2, 0, 1).float()).abs().max() <= 3
+    monkeypatch.setattr(common, "read_image", None)  # a second decoding would fail
+    second = common.load_dataset("celeba")
+    assert torch.equal(first.train, second.train) and torch.equal(first.test, second.test)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "key"])
+def test_a_damaged_celeba_cache_is_decoded_anew(damage):
+    root = celeba()
+    first = common.load_dataset("celeba").train.clone()
+    cache = root / "celeba-64.npy"
+    if damage == "truncated":
+        cache.write_bytes(cache.read_bytes()[:-100])
+    elif damage == "foreign":
+        np.save(cache, np.zeros((3, 3)))
+    else:
+        cache.write_bytes(cache.read_bytes()[:-50] + bytes(50))
+        cache.with_suffix(".json").write_text("of other files")
+    assert torch.equal(common.load_dataset("celeba").train, first)
+
+
+def test_an_incomplete_celeba_is_named():
+    with pytest.raises(UserError, match="img_align_celeba"):
+        common.load_dataset("celeba")
+    root = celeba()
+    (root / "img_align_celeba" / "000003.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 files are missing.*000003\.jpg"):
+        common.load_dataset("celeba")
+    (root / "list_eval_partition.txt").write_text("000001.jpg 7\n")
+    with pytest.raises(UserError, match=r"list_eval_partition\.txt.*000001\.jpg 7"):
+        common.load_dataset("celeba")
+    (root / "list_eval_partition.txt").unlink()
+    with pytest.raises(UserError, match="7 of the 202599"):
+        common.load_dataset("celeba")
+    assert not list(root.glob("*.np*")) and not list(root.glob(".*"))
+
+
+def test_a_folder_of_images_of_any_size_and_mode():
+    folder = Path("pictures")
+    save(folder / "b" / "grey.png", noise_image(40, 64, 1))
+    save(folder / "a" / "ümläut ☃.jpg", noise_image(100, 70))
+    save(folder / "rgba.png", np.dstack([noise_image(64, 64), np.zeros((64, 64), np.uint8)]))
+    Image.fromarray(noise_image(64, 64)).quantize(16).save(folder / "palette.gif")
+    Image.fromarray(noise_image(64, 64)).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.full((64, 64), 51400, np.uint16)).save(folder / "sixteen.png")
+    (folder / "notes.txt").write_text("not an image")
+    for i in range(14):
+        save(folder / f"{i}.png", noise_image(64, 64, 3, i))
+    data = common.load_dataset(str(folder), image_size=64)
+    assert len(data.train) + len(data.val) + len(data.test) == 20
+    assert data.train.shape[1:] == (3, 64, 64) and data.name == "pictures" and data.latent_dim == 64
+    assert torch.equal(data.train, common.load_dataset(str(folder), image_size=64).train)  # always the same split
+    assert common.read_image(folder / "rgba.png").eq(255).all()  # transparent: white
+    assert common.read_image(folder / "sixteen.png").eq(200).all()  # 51400 / 257
+    assert common.read_image(folder / "b" / "grey.png").shape == (3, 40, 64)
+
+
+@pytest.mark.parametrize(
+    ("splits", "counts"), [("train val test", [20, 20, 20]), ("train test", [16, 4, 20]), ("", [16, 2, 2])]
+)
+def test_folders_with_and_without_splits(splits, counts):
+    for split in splits.split() or ["."]:
+        for i in range(20):
+            save(Path("pictures", split, f"class{i % 2}", f"{i}.png"), np.full((8, 8, 3), i, np.uint8))
+    data = common.load_dataset("pictures", image_size=32)
+    parts = [data.train, data.val, data.test]
+    assert [len(part) for part in parts] == counts
+    assert len(torch.cat(parts)[:, 0, 0, 0].unique()) == 20
+    if splits != "train val test":
+        assert not set(data.train[:, 0, 0, 0].tolist()) & set(data.val[:, 0, 0, 0].tolist())
+
+
+def broken_files(folder):
+    good = save(folder / "good.png", noise_image(64, 64)).read_bytes()
+    yield "truncated.png", lambda f: f.write_bytes(good[: len(good) // 2])
+    yield "empty.jpg", lambda f: f.write_bytes(b"")
+    yield "text.jpg", lambda f: f.write_text("hello")
+    yield "huge.png", lambda f: Image.new("1", (20_000, 20_000)).save(f)
+    yield "nowhere.png", lambda f: f.symlink_to("gone.png")
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_broken_image_is_named(which, tmp_path):
+    name, make = list(broken_files(tmp_path / "pictures"))[which]
+    make(tmp_path / "pictures" / name)
+    with pytest.raises(UserError, match=name):
+        common.load_dataset(str(tmp_path / "pictures"))
+
+
+def test_folders_that_cannot_be_a_data_set():
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="empty.* has no images"):
+        common.load_dataset("empty")
+    with pytest.raises(UserError, match="nosuch"):
+        common.load_dataset("nosuch")
+    save(Path("one/1.png"), noise_image())
+    with pytest.raises(UserError, match="too few"):
+        common.load_dataset("one")
+    save(Path("half/test/1.png"), noise_image())
+    with pytest.raises(UserError, match="test/"):
+        common.load_dataset("half")
+    Path("one/loop").symlink_to(Path("one").resolve())
+    with pytest.raises(UserError, match="loop"):
+        common.load_dataset("one")
+    Path("linked").symlink_to(Path("one").resolve())
+    Path("one/loop").unlink()
+    assert common.image_files(Path("linked")) == [Path("linked/1.png")]
+
+
+def test_epochs_shuffle_cover_and_scale_all_images():
+    images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 1, 2, 2)
+    batches = list(common.epoch_batches(images, 32, seed=1))
+    assert [len(batch) for batch in batches] == [32, 32, 32]
+    seen = torch.cat(batches)[:, 0, 0, 0]
+    assert len(seen.unique()) == 96 and not torch.equal(seen, seen.sort().values)
+    assert torch.equal(seen, torch.cat(list(common.epoch_batches(images, 32, seed=1)))[:, 0, 0, 0])
+    assert not torch.equal(seen, torch.cat(list(common.epoch_batches(images, 32, seed=2)))[:, 0, 0, 0])
+    extremes = common.to_float(torch.tensor([0, 255], dtype=torch.uint8))
+    assert extremes.tolist() == [-1.0, 1.0]
+
+
+def test_half_of_the_images_are_flipped_whole():
+    images = torch.tensor([10, 20], dtype=torch.uint8).expand(2000, 1, 1, 2)
+    (x,) = common.epoch_batches(images, 2000, 0, flip=True)
+    flipped = x[:, 0, 0, 0] > x[:, 0, 0, 1]
+    assert 0.45 < flipped.float().mean() < 0.55
+    assert (x.sum((1, 2, 3)) - x[0].sum()).abs().max() == 0
+    (x,) = common.epoch_batches(images, 2000, 0)
+    assert (x[:, 0, 0, 0] < x[:, 0, 0, 1]).all()
+
+
+def test_uint8_rounds_and_clamps():
+    assert common.to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.01])).tolist() == [0, 0, 128, 255, 255]
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(common.to_uint8(common.to_float(every)), every)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fréchet distance
+
+
+def gaussians(d, condition=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(2):
+        q, _ = np.linalg.qr(rng.normal(size=(d, d)))
+        result += [rng.normal(size=d), (q * np.logspace(0, -math.log10(condition), d)) @ q.T]
+    return result
+
+
+@pytest.mark.parametrize("method", ["sqrtm", "eigh"])
+def test_frechet_distance_closed_forms(method):
+    mu1, sigma1, mu2, _ = gaussians(6)
+    squared = float(((mu1 - mu2) ** 2).sum())
+    assert fid.frechet_distance(mu1, sigma1, mu2, sigma1, method) == pytest.approx(squared)
+    a, b = np.random.default_rng(1).random((2, 6)) + 0.1
+    closed = squared + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert fid.frechet_distance(mu1, np.diag(a), mu2, np.diag(b), method) == pytest.approx(closed)
+    assert fid.frechet_distance(mu1, sigma1, mu1, sigma1, method) < 1e-6 * np.trace(sigma1)
+    singular = np.diag([1.0, 2.0, 0, 0, 0, 0])
+    assert fid.frechet_distance(mu1, singular, mu2, singular, method) == pytest.approx(squared, rel=1e-4)
+
+
+@pytest.mark.parametrize(("d", "condition"), [(64, 1e1), (64, 1e8), (512, 1e1), (512, 1e8)])
+def test_both_methods_agree(d, condition):
+    moments = gaussians(d, condition)
+    a, b = (fid.frechet_distance(*moments, method) for method in ("sqrtm", "eigh"))
+    assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_impossible_distances_are_errors():
+    mu, sigma = np.zeros(3), np.eye(3)
+    with pytest.raises(ValueError, match=r"\(2,\)"):
+        fid.frechet_distance(mu, sigma, np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="finite"):
+        fid.frechet_distance(mu, sigma, mu, sigma * np.nan)
+    with pytest.raises(ValueError, match="sqrtm or eigh"):
+        fid.frechet_distance(mu, sigma, mu, sigma, "newton")
+
+
+def test_statistics_are_float64_and_warn_about_too_few_images():
+    features = torch.randn(50, 4) + 1000
+    mu, sigma = fid.feature_statistics(features)
+    exact = features.double().numpy()
+    assert np.allclose(mu, exact.mean(0), rtol=1e-12) and np.allclose(sigma, np.cov(exact.T), rtol=1e-9)
+    with pytest.warns(UserWarning, match="4 images for 4 feature dimensions"):
+        fid.feature_statistics(features[:4])
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """Random state dicts on disk, in torchvision's and in pytorch-fid's format."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
+    for name, classes, aux in (("imagenet", 1000, True), ("tf", 1008, False)):
+        net = inception_v3(weights=None, num_classes=classes, aux_logits=aux, init_weights=False)
+        for module in net.modules():  # activations of a size that a trained net has
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        torch.save(net.state_dict(), folder / f"{name}.pth")
+    return folder
+
+
+def test_features_are_recognised_by_their_contents(inception_weights):
+    images = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    outputs = {}
+    for kind in ("imagenet", "tf"):
+        features = fid.InceptionFeatures(inception_weights / f"{kind}.pth")
+        assert features.kind == kind
+        outputs[kind] = features(images)
+        assert outputs[kind].shape == (2, 2048) and outputs[kind].dtype == torch.float32
+        assert not features.train().net.training  # no dropout, ever
+        repeated = features(images.repeat(1, 3, 1, 1))
+        close(outputs[kind], repeated)
+        close(features([images[0], images[1]]), outputs[kind], 1e-4)
+        assert features(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)).isfinite().all()
+        with pytest.raises(UserError, match="uint8"):
+            features(images.float())
+
+
+def test_imagenet_features_are_torchvisions(inception_weights):
+    from torchvision.models import inception_v3
+
+    net = inception_v3(weights=None, transform_input=False, init_weights=False)
+    net.load_state_dict(torch.load(inception_weights / "imagenet.pth"))
+    net.fc = nn.Identity()
+    images = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = net.eval()(images.float() / 127.5 - 1)
+    close(fid.InceptionFeatures(inception_weights / "imagenet.pth")(images), expected, 1e-4)
+
+
+def test_wrong_weights_are_errors(inception_weights, tmp_path, monkeypatch):
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "incomplete.pth")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("hello")
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"fc.weight": Evil()}, tmp_path / "evil.pth")
+    for name, message in (
+        ("incomplete.pth", "Missing key"),
+        ("other.pth", "not a state dict of Inception"),
+        ("text.pth", "cannot be loaded"),
+        ("evil.pth", "cannot be loaded"),
+        ("nosuch.pth", "choose imagenet, tf"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fid.InceptionFeatures(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+    def offline(*_args, **_options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    for weights in ("imagenet", "tf"):
+        with pytest.raises(UserError, match=r"Name or service.*put https://.* into .*hub/checkpoints"):
+            fid.InceptionFeatures(weights)
+
+
+def test_parity_with_pytorch_fid(inception_weights, tmp_path, monkeypatch, capsys):
+    """Features to 1e-4, the distance to 1e-3, and the two read each other's statistics."""
+    inception = pytest.importorskip("pytorch_fid.inception")
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    state = torch.load(inception_weights / "tf.pth")
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_args, **_options: state)
+    theirs = inception.InceptionV3([3]).eval()
+    ours = fid.InceptionFeatures(inception_weights / "tf.pth")
+    statistics = []
+    for size in (32, 64):
+        images = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8)
+        with torch.no_grad():
+            expected = theirs(images.float() / 255)[0].flatten(1)
+        features = ours(images)
+        assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
+        mu, sigma = expected.double().mean(0).numpy(), np.cov(expected.double().numpy(), rowvar=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            statistics.append(((mu, sigma), fid.feature_statistics(features)))
+        np.savez(tmp_path / f"theirs{size}.npz", mu=mu, sigma=sigma)
+    (a, our_a), (b, our_b) = statistics
+    reference = fid.frechet_distance(*a, *b, "eigh")
+    assert fid.frechet_distance(*our_a, *our_b, "eigh") == pytest.approx(reference, rel=1e-3)
+    weights = ["--inception", str(inception_weights / "tf.pth"), "--fid-method", "eigh"]
+    assert fid.main([str(tmp_path / "theirs32.npz"), str(tmp_path / "theirs64.npz"), *weights]) == pytest.approx(
+        reference
+    )
+    for i in range(3):
+        save(tmp_path / "pictures" / f"{i}.png", noise_image(seed=i))
+    with pytest.warns(UserWarning, match="3 images"):
+        fid.main([str(tmp_path / "pictures"), str(tmp_path / "ours.npz"), "--save-stats", *weights[:2]])
+    mu, sigma = fid_score.compute_statistics_of_path(str(tmp_path / "ours.npz"), None, 1, 2048, "cpu")
+    assert mu.shape == (2048,) and sigma.shape == (2048, 2048)
+
+
+def test_fid_command(inception_weights, tmp_path, capsys):
+    for i in range(4):
+        save(tmp_path / "a" / f"{i}.png", noise_image(seed=i))
+        save(tmp_path / "b" / "deep" / f"{i}.png", noise_image(40 + i, 50, seed=i))
+    a, b, weights = (
+        str(tmp_path / "a"),
+        str(tmp_path / "b"),
+        ["--inception", str(inception_weights / "tf.pth"), "--fid-method", "eigh"],
+    )
+    with pytest.warns(UserWarning, match="4 images for 2048"):
+        direct = fid.main([a, b, *weights, "--batch-size", "3"])
+        line = capsys.readouterr().out
+        assert f"FID {direct:.4f}" in line and "a (4 images, 32x32)" in line and "b (4 images, 4 sizes)" in line
+        assert "inception-tf" in line
+        fid.main([b, str(tmp_path / "b.npz"), *weights, "--save-stats"])
+        assert fid.main([a, str(tmp_path / "b.npz"), *weights]) == pytest.approx(direct, rel=1e-6)
+        assert fid.main([a, a, *weights]) < 1e-3
+    with pytest.raises(UserError, match=r"made with inception-tf"):
+        fid.main(
+            [str(tmp_path / "b.npz"), str(tmp_path / "b.npz"), "--inception", str(inception_weights / "imagenet.pth")]
+        )
+    (tmp_path / "b" / "broken.png").write_text("hello")
+    with pytest.raises(UserError, match=r"broken\.png"):
+        fid.main([b, a, *weights])
+    np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2))
+    with pytest.raises(UserError, match=r"pickled\.npz"):
+        fid.main([str(tmp_path / "pickled.npz"), a, *weights])
+
+
+def test_reference_statistics_are_cached_and_a_stale_cache_is_not_believed():
+    class Features:
+        name, hash, calls = "means", "1", 0
+
+        def __call__(self, images):
+            self.calls += 1
+            return images.float().flatten(2).mean(2)
+
+    features, data = Features(), common.load_dataset("digits")
+    data = common.Dataset(
+        **{**vars(data), "test": data.test.repeat(1, 3, 1, 1) // torch.tensor([1, 2, 3]).view(3, 1, 1)}
+    )
+    folder = Path("data")
+    first = fid.reference_statistics(features, data, folder)
+    calls = features.calls
+    for a, b in zip(first, fid.reference_statistics(features, data, folder), strict=True):
+        assert np.array_equal(a, b)
+    assert features.calls == calls
+    (file,) = (folder / "fid").iterdir()
+    good = file.read_bytes()
+    np.savez(folder / "foreign.npz", mu=first[0], sigma=first[1] * 2, key="of other images")
+    for damage in (good[:-30], b"", (folder / "foreign.npz").read_bytes()):
+        file.write_bytes(damage)
+        assert np.array_equal(fid.reference_statistics(features, data, folder)[1], first[1])
+        assert features.calls > calls
+        calls = features.calls
+    features.hash = "2"  # other weights
+    fid.reference_statistics(features, data, folder)
+    other = common.Dataset(**{**vars(data), "test": data.test[:200]})
+    fid.reference_statistics(features, other, folder)
+    assert len(list((folder / "fid").iterdir())) == 3
+
+
+def test_mixture_samples_follow_the_means():
+    centres = torch.tensor([[-5.0, 0.0], [5.0, 1.0]])
+    means = centres.repeat(300, 1) + 0.1 * torch.randn(600, 2)
+    samples = fid.mixture_samples(means, 400, seed=0)
+    assert samples.shape == (400, 2)
+    assert torch.cdist(samples, centres).amin(1).max() < 1
+    assert abs((samples[:, 0] > 0).float().mean() - 0.5) < 0.1
+    assert torch.equal(samples, fid.mixture_samples(means, 400, seed=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def metrics(folder):
+    """metrics.csv without the wall-clock columns."""
+    with open(folder / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in csv.DictReader(file)]
+
+
+def only(folder):
+    (one,) = Path(folder).iterdir()
+    return one
+
+
+def weights_of(folder, name="last.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_leaves_everything_behind(name, capsys):
+    results = SCRIPTS[name].main([*TINY[:-2], "--epochs", "2"])
+    folder = only("runs")
+    pictures = {f"{p}.png" for p in ("reconstructions", "samples", "interpolations", "curves")}
+    gaussian = {"posterior.png"} if name not in ("rae", "wae_mmd") else set()
+    files = {"args.json", "metrics.csv", "last.pt", "best.pt", "results.json"} | pictures | gaussian
+    assert {file.name for file in folder.iterdir()} == files
+    for picture in pictures | gaussian:
+        assert np.asarray(Image.open(folder / picture)).std() > 1  # something is drawn
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    for kind in ("reconstruction", "sample", "interpolation"):
+        assert math.isfinite(results[kind])
+        assert results["images"][kind] == results["images"]["test"] == 300
+    for key in ("features_hash", "method", "image_size", "quantisation", "data", "versions", "args"):
+        assert results[key]
+    assert (results["metric"], results["features"], results["args"]["seed"]) == ("FDD", "digits-mlp", 0)
+    rows = metrics(folder)
+    assert len(rows) == 2 and all(
+        float(rows[1][f"{split}_{part}"]) for split in ("train", "val") for part in ("loss", "rec")
+    )
+    output = capsys.readouterr().out
+    assert "FDD sample" in output and "300 test images" in output
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another():
+    for seed in ("1", "1", "2"):
+        uae.main([*TINY, "--epochs", "2", "--seed", seed])
+    a, b, c = (
+        Path("runs") / f"uae-digits-limittrain96-batchsize32-width0.02-epochs2-seed{s}" for s in ("1", "1-2", "2")
+    )
+    assert metrics(a) == metrics(b) != metrics(c)
+    assert same(weights_of(a), weights_of(b))
+
+
+def test_training_lowers_the_loss_and_the_best_checkpoint_is_evaluated():
+    results = uae.main([*TINY, "--epochs", "12", "--lr", "0.02"])
+    rows = metrics(only("runs"))
+    assert float(rows[-1]["train_loss"]) < 0.5 * float(rows[0]["train_loss"])
+    losses = [float(row["val_loss"]) for row in rows]
+    assert results["best_epoch"] == 1 + losses.index(min(losses))
+    assert results["best_validation_loss"] == min(losses)
+
+
+def test_learning_rate_is_halved_after_five_epochs_without_improvement():
+    uae.main(
+        [*TINY, "--epochs", "9", "--lr", "1e-30", "--beta", "0", "--gamma", "0"]
+    )  # batch norm's statistics settle,
+    rows = metrics(only("runs"))  # nothing else moves
+    losses = [float(row["val_loss"]) for row in rows]
+    best, bad, rate = math.inf, 0, 1e-30
+    for row, value in zip(rows, losses, strict=True):
+        bad = 0 if value < best else bad + 1
+        best = min(best, value)
+        if bad == 5:
+            rate, bad = rate / 2, 0
+        assert float(row["lr"]) == rate
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_interrupted_and_resumed_is_the_uninterrupted_run(script, monkeypatch):
+    """Stopped in the middle of an epoch and right before each of the three files of a checkpoint."""
+    common_args = [*TINY, "--epochs", "3"]
+    script.main([*common_args, "--out", "whole"])
+    whole = only("whole")
+    for at in ("step", "metrics.csv", "best.pt", "last.pt"):
+        calls, original_log, original_write = 0, common.Run.log, common.write_file
+
+        def stop(name, *, at=at):
+            nonlocal calls
+            calls += name == at
+            if name == at and calls == {"step": 5, "metrics.csv": 2, "best.pt": 3, "last.pt": 3}[at]:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(common.Run, "log", lambda self, *a: (stop("step"), original_log(self, *a)))
+            patch.setattr(common, "write_file", lambda path, content: (stop(path.name), original_write(path, content)))
+            script.main([*common_args, "--out", at])
+        script.main(["--resume", str(only(at))])
+        assert metrics(only(at)) == metrics(whole)
+        assert same(weights_of(only(at)), weights_of(whole))
+        assert same(weights_of(only(at), "best.pt"), weights_of(whole, "best.pt"))
+
+
+def test_more_epochs_on_resume_are_those_of_a_longer_run():
+    uae.main([*TINY, "--epochs", "1", "--out", "a"])
+    uae.main(["--resume", str(only("a")), "--epochs", "2"])
+    uae.main([*TINY, "--epochs", "2", "--out", "b"])
+    assert metrics(only("a")) == metrics(only("b"))
+
+
+def test_eval_only_gives_the_same_results_and_leaves_the_checkpoints():
+    first = uae.main([*TINY, "--fid", "digits"])
+    before = (only("runs") / "last.pt").read_bytes()
+    again = uae.main(["--eval-only", str(only("runs"))])
+    for key in ("reconstruction", "sample", "interpolation", "validation_mse", "best_validation_loss"):
+        assert again[key] == first[key]
+    assert (only("runs") / "last.pt").read_bytes() == before
+    other = uae.main(["--eval-only", str(only("runs")), "--fid-method", "eigh"])
+    assert other["method"] == "eigh" and other["sample"] == pytest.approx(first["sample"], rel=1e-5)
+
+
+def test_resume_refuses_other_arguments_other_scripts_and_damaged_files():
+    uae.main([*TINY])
+    folder = str(only("runs"))
+    for changed, message in (
+        (["--k", "4"], "--k is 8, not 4"),
+        (
+            ["--dataset", "celeba", "--latent-dim", "5"],
+            "--dataset is 'digits', not 'celeba', --latent-dim is 16, not 5",
+        ),
+        (["--out", "elsewhere"], "--out"),
+    ):
+        for flag in ("--resume", "--eval-only"):
+            with pytest.raises(UserError, match=re.escape(message)):
+                uae.main([flag, folder, *changed])
+    with pytest.raises(UserError, match=r"run of uae\.py"):
+        vae.main(["--resume", folder])
+    with pytest.raises(UserError, match=r"nosuch/args\.json"):
+        uae.main(["--resume", "nosuch"])
+    content = (Path(folder) / "last.pt").read_bytes()
+    (Path(folder) / "last.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"last\.pt"):
+        uae.main(["--resume", folder])
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("executed",)
+
+    torch.save({"model": Evil()}, Path(folder) / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt"):
+        uae.main(["--resume", folder])
+    assert not Path("executed").exists()
+
+
+BAD_VALUES = [
+    (["--k", "0"], "0"),
+    (["--k", "1000"], "k = 1000.*33"),
+    (["--kappa", "-16"], "kappa = -16"),
+    (["--epochs", "-1"], "-1"),
+    (["--lr", "nan"], "nan"),
+    (["--lr", "0"], "0"),
+    (["--beta", "inf"], "inf"),
+    (["--width", "0"], "0"),
+    (["--batch-size", "1"], "1"),
+    (["--batch-size", "2000"], "2000.*1197"),
+    (["--limit-train", "20"], "64.*20 training images"),
+    (["--dataset", "nosuch"], "nosuch"),
+    (["--dataset", "empty"], "empty/ has no images"),
+    (["--dataset", "broken"], r"3\.png"),
+    (["--dataset", "celeba"], "img_align_celeba"),
+    (["--out", "file/below"], "file/below"),
+    (["--device", "abacus"], "abacus"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--precision", "tf32", "--device", "cpu"], "tf32"),
+    (["--fid", "nosuch.pth"], r"nosuch\.pth"),
+    (["--sigma-points", "best"], "best"),
+    (["--image-size", "48"], "48"),
+    (["--nosuch", "1"], "--nosuch"),
+    (["--resume", "nosuch"], "nosuch"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_VALUES)
+def test_a_wrong_value_is_one_line_and_leaves_nothing(arguments, message, capsys):
+    Path("empty").mkdir()
+    Path("file").write_text("in the way")
+    for i in range(30):
+        save(Path(f"broken/{i}.png"), noise_image())
+    Path("broken/3.png").write_bytes(b"GIF")
+    before = sorted(Path().rglob("*"))
+    sys_argv, sys.argv = sys.argv, ["uae.py"]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            common.cli(lambda: uae.main(["--fid", "none", *arguments]))
+    finally:
+        sys.argv = sys_argv
+    assert stop.value.code == 2
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "img" not in line and "decoding" not in line and line.strip()
+    ]
+    assert len(lines) == 1 and lines[0].startswith("uae.py: error: ")
+    assert re.search(message, lines[0])
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_flags_that_would_weigh_nothing_are_refused():
+    for script in (vae, ut_vae, rae):
+        with pytest.raises(UserError, match=r"--gamma 0\.5 weighs nothing"):
+            script.main([*TINY, "--gamma", "0.5"])
+    with pytest.raises(UserError, match="beta"):
+        iwae.main([*TINY, "--beta", "0"])
+
+
+def test_a_script_as_a_stranger_starts_it():
+    """Exit code, one line, no traceback; --help shows defaults."""
+    bad = subprocess.run([sys.executable, HERE / "uae.py", "--k", "0"], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and not Path("runs").exists()
+    for name in SCRIPTS:
+        text = subprocess.run([sys.executable, HERE / f"{name}.py", "--help"], capture_output=True, text=True).stdout
+        assert "(default: 0.005)" in text and f"python {name}.py" in text
+        assert all(line == line.rstrip() or "None" not in line for line in text.splitlines())
+        assert "default: None" not in text
+
+
+def test_a_nan_stops_the_run_and_names_epoch_step_and_parts():
+    with pytest.raises(UserError, match=r"not finite in epoch 1, step 1 \(loss nan.*rec.*lower --lr.*last\.pt"):
+        with pytest.MonkeyPatch.context() as patch:
+            original = uae.loss
+            patch.setattr(uae, "loss", lambda *a: {k: v * math.nan for k, v in original(*a).items()})
+            uae.main([*TINY])
+    assert same(weights_of(only("runs")), weights_of(only("runs"), "best.pt"))  # the checkpoint before the first step
+    assert all(w.isfinite().all() for w in weights_of(only("runs")).values())
+
+
+def test_a_failing_write_keeps_the_old_file(monkeypatch):
+    path = Path("file.pt")
+    common.write_file(path, "old")
+
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    for content in (full, lambda file: torch.save({"a": torch.zeros(9)}, file) or full(file)):
+        with pytest.raises(UserError, match=r"file\.pt: No space left"):
+            common.write_file(path, content)
+    assert path.read_text() == "old"
+    assert [file.name for file in Path().iterdir()] == ["file.pt"]
+
+
+def test_ctrl_c_ends_with_the_command_that_resumes():
+    run = subprocess.Popen(
+        [sys.executable, HERE / "uae.py", *TINY, "--epochs", "1000"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    run.stdout.readline()  # the first epoch is done
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in error
+    assert f"python uae.py --resume {only('runs')}" in error
+
+
+def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run():
+    """SIGKILL, some of them while a checkpoint is being written."""
+    arguments = [*TINY, "--epochs", "25"]
+    uae.main([*arguments, "--out", "whole"])
+    pick, folder, kills = random.Random(0), None, 0
+    for attempt in range(40):
+        command = ["--resume", str(folder)] if folder else [*arguments, "--out", "killed"]
+        run = subprocess.Popen(
+            [sys.executable, HERE / "uae.py", *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        killed = False
+        if attempt < 5:
+            line = run.stdout.readline()
+            time.sleep(pick.uniform(0, 0.3))
+            folder = only("killed")
+            if attempt % 2 == 0:  # wait for a half-written file
+                end = time.monotonic() + 5
+                while not list(folder.glob(".*.tmp")) and run.poll() is None and time.monotonic() < end:
+                    pass
+            run.kill()
+            killed = bool(line) and run.wait() == -signal.SIGKILL
+            kills += killed
+        run.communicate(timeout=100)
+        if not killed and run.returncode == 0:
+            break
+    assert kills >= 3
+    assert metrics(folder) == metrics(only("whole"))
+    assert same(weights_of(folder), weights_of(only("whole")))
+    assert not list(folder.glob(".*.tmp"))
+
+
+def torchrun(script, *arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run(
+        [*command, str(script), *arguments], capture_output=True, text=True, timeout=200, env=environment
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_train_and_evaluate(name):
+    done = torchrun(HERE / f"{name}.py", *TINY, "--fid", "digits", "--epochs", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = only("runs")  # one rank writes
+    assert len(metrics(folder)) == 2
+    results = json.loads((folder / "results.json").read_text())
+    assert results["args"]["world_size"] == 2 and math.isfinite(results["sample"])
+    if name == "uae":  # resumed on both ranks it is the same run; on one it is refused
+        torchrun(HERE / "uae.py", *TINY, "--epochs", "1", "--out", "short")
+        torchrun(HERE / "uae.py", "--resume", str(only("short")), "--epochs", "2")
+        assert metrics(only("short")) == metrics(folder)
+        with pytest.raises(UserError, match="2 ranks"):
+            uae.main(["--resume", str(only("short")), "--epochs", "3"])
+
+
+RANKS_PROGRAM = """
+import json, sys, torch, common, uae
+from argparse import Namespace
+from common import Decoder, Encoder, GaussianHead
+ranks = int(sys.argv[1])
+args = Namespace(k=33, sigma_points="random", kappa=0.5, regularizer="w2", beta=0.01, gamma=0.0, device="cpu",
+                 precision="fp32", seed=0, world_size=ranks, compile=False, stock=False)
+device = common.start(args)
+net = Encoder(1, 32, 0.02)
+model = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(net, GaussianHead(net.features, 16)), "decoder": Decoder(16, 1, 32, 0.02)})
+common.prepare(model, args, device).eval()
+images = common.load_dataset("digits").train[:64]
+x = torch.cat(list(common.epoch_batches(images, 64 // ranks, seed=3)))
+uae.loss(model["encoder"], model["decoder"], x, args)["loss"].backward()
+common.average_gradients(model)
+seen = []
+whole = common.map_batches(lambda batch: (seen.append(len(batch)), batch.float().mean((1, 2, 3)))[1], common.load_dataset("digits").val, "", 7)
+counts = common.from_rank_zero(lambda: sum(seen))
+if common.rank() == 0:
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.save({"gradients": gradients, "whole": whole, "share": counts}, f"ranks{ranks}.pt")
+"""
+
+
+def test_two_ranks_have_the_gradient_of_one_and_see_every_image_once():
+    """All 2n+1 sigma points and batch norm in evaluation mode: nothing depends on who holds which image."""
+    Path("ranks.py").write_text(RANKS_PROGRAM)
+    for processes in (1, 2):
+        done = torchrun("ranks.py", str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(f"ranks{n}.pt") for n in (1, 2))
+    assert one["gradients"].norm() > 1e-3
+    assert (one["gradients"] - two["gradients"]).norm() < 1e-4 * one["gradients"].norm()
+    assert torch.equal(one["whole"], two["whole"]) and len(two["whole"]) == 300
+    assert (one["share"], two["share"]) == (300, 150)
+
+
+def test_a_dying_rank_ends_the_others():
+    Path("dies.py").write_text(
+        "import sys, common, uae\n"
+        "original = common.Run.log\n"
+        "def log(self, *a):\n"
+        "    original(self, *a)\n"
+        "    if common.rank() == 1: raise MemoryError('this rank dies')\n"
+        "common.Run.log = log\n"
+        "common.cli(lambda: uae.main(sys.argv[1:]))\n"
+    )
+    done = torchrun("dies.py", *TINY, "--epochs", "50")
+    assert done.returncode != 0 and "this rank dies" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
+def test_bf16_and_compile_follow_fp32(flags):
+    if "--compile" in flags and not shutil.which("g++"):
+        pytest.skip("torch.compile on the CPU needs a C++ compiler")
+    arguments = [
+        "--limit-train",
+        "256",
+        "--batch-size",
+        "32",
+        "--width",
+        "0.03",
+        "--epochs",
+        "3",
+        "--fid",
+        "none",
+        "--k",
+        "4",
+    ]
+    losses = []
+    for extra in ([], flags):
+        uae.main([*arguments, *extra, "--out", f"out{len(losses)}"])
+        losses.append([float(row["train_loss"]) for row in metrics(only(f"out{len(losses)}"))])
+    for a, b in zip(*losses, strict=True):
+        assert b == pytest.approx(a, rel=0.05)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_benchmark_prints_what_it_measured_and_writes_nothing(name, capsys):
+    results = SCRIPTS[name].main([*TINY, "--benchmark", "2", "--stock", "--dataset", "cifar10", "--latent-dim", "8"])
+    output = capsys.readouterr().out
+    for words in (
+        "images/s",
+        "points/s",
+        "ms a step",
+        "TFLOP/s",
+        "peak memory",
+        "times as fast as stock",
+        "loader",
+        "[3, 32, 32]",
+    ):
+        assert words in output
+    if "k" in vars(common.argument_parser(__file__, "").parse_args([])) or name in ("vae", "ut_vae", "uae", "iwae"):
+        assert results["default"]["tflop"] < results["stock"]["tflop"]
+    assert results["memory_gib"] > 0 and not list(Path().iterdir())
+
+
+def fake_result(folder, model="UAE 8x largest", seed=0, sample=1.0, data="cifar10", **settings):
+    folder.mkdir(parents=True)
+    kinds = {"reconstruction": 2 * sample, "sample": sample, "interpolation": 3.0}
+    args = {"seed": seed, "epochs": 100, "out": str(folder)} | settings
+    content = {
+        "model": model,
+        "data": {"name": data},
+        "features": "inception-tf",
+        "images": {"test": 10000},
+        "args": args,
+    } | kinds
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+def test_results_table_averages_over_seeds_in_the_papers_order(capsys):
+    for i, sample in enumerate((1.0, 2.0, 6.0)):
+        fake_result(Path(f"runs/a{i}"), seed=i, sample=sample)
+    for model in ("VAE 8x", "UT-VAE*-GP 2x largest", "RAE-L2", "VAE*-full 2x", "WAE-MMD", "VAE*² 8x"):
+        fake_result(Path("runs") / model.replace(" ", "").replace("*", "s"), model=model)
+    fake_result(Path("runs/f"), data="fashion_mnist")
+    common.main(["runs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == [
+        "VAE 8x", "RAE-L2", "VAE*-full 2x", "VAE*² 8x", "UT-VAE*-GP 2x largest", "UAE 8x largest", "WAE-MMD", "UAE 8x largest"
+    ]  # fmt: skip
+    assert "| cifar10 | UAE 8x largest | inception-tf | 10000 | 6.00 ± 5.29 | 3.00 ± 2.65 | 3.00 ± 0.00 | 3 |" in lines
+    fake_result(Path("runs/other"), seed=9, epochs=50)
+    with pytest.raises(UserError, match=r"epochs \(100, 50\)"):
+        common.main(["runs"])
+    shutil.rmtree("runs/other")
+    fake_result(Path("runs/again"), seed=2)
+    with pytest.raises(UserError, match="seeds"):
+        common.main(["runs"])
+    (Path("runs/again") / "results.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"again/results\.json"):
+        common.main(["runs"])
+    with pytest.raises(UserError, match="no results"):
+        common.main(["nosuch"])
+
+
+def test_the_six_scripts_have_one_section_order():
+    heads = []
+    for name in SCRIPTS:
+        source = (HERE / f"{name}.py").read_text()
+        marks = ['"""', "import time", "def loss(", "def main(", "parser.add_argument" if False else "common.parse_args", "common.start",
+                 "def train_step", "common.benchmark", "common.load_data", "fid.load_features", "common.Run(", "run.batches",
+                 "common.validating", "scheduler.step", "run.end_epoch", "fid.evaluate", "common.cli(main)"]  # fmt: skip
+        places = [source.index(mark) for mark in marks]
+        assert places == sorted(places), name
+        heads.append(source[source.index("    def train_step") :])
+    assert len(set(heads)) == 1  # the same loop, written out in each
+
+
+def test_importing_does_nothing():
+    code = "import sys; sys.argv = ['x', '--nosuch']; import common, fid, vae, ut_vae, uae, rae, iwae, wae_mmd"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0 and done.stdout == done.stderr == ""
+    assert importlib.import_module("common").Run.current is None or True
