@@ -153,15 +153,16 @@ def gradient_penalty(
     is the Jacobian of a single image's decoding. Works under no_grad too.
     """
     create_graph = torch.is_grad_enabled()
+    forward_mode = fold is not None and fold[0].dtype == mu.dtype  # torch's forward mode fails in mixed precision
     with eval_mode(decoder), torch.compiler.set_stance("force_eager"):
-        if fold is not None:
+        if forward_mode:
             u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
             with forward_ad.dual_level():
                 tangent = forward_ad.unpack_dual(decoder(forward_ad.make_dual(mu, u), fold)).tangent  # J u [B,C,H,W]
             return tangent.square().sum((1, 2, 3))
         with torch.enable_grad():
             mu = mu if mu.requires_grad else mu.detach().requires_grad_()
-            images = decoder(mu)
+            images = decoder(mu) if fold is None else decoder(mu, fold)
             v = torch.rand(images.shape, device=mu.device, generator=generator).lt(0.5).to(images.dtype) * 2 - 1
             (gradient,) = torch.autograd.grad(images, mu, v, create_graph=create_graph)  # Jᵀ v [B,n]
         return gradient.square().sum(1)
@@ -764,7 +765,8 @@ def start(args: argparse.Namespace) -> torch.device:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     warnings.filterwarnings("ignore", "`?torch.jit.script", FutureWarning)  # torch's own, in forward-mode derivatives
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
@@ -1084,11 +1086,11 @@ def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: to
             torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else None),
             [],
         )
-        for _ in range(6):
+        for _ in range(10):
             start = clock()
             a @ a
             times.append(clock() - start)
-        return 2 * 4096**3 / min(times)
+        return 2 * side**3 / min(times)
 
     x = torch.rand(args.batch_size, args.channels, args.image_size, args.image_size, device=device) * 2 - 1
     paths = {"default": False, "stock": True} if args.stock else {"default": False}
@@ -1146,7 +1148,7 @@ def _benchmark_loader(args: argparse.Namespace, device: torch.device, clock) -> 
 
     class Images(TorchDataset):
         def __len__(self) -> int:
-            return 4_000
+            return 20 * args.batch_size
 
         def __getitem__(self, index: int) -> Tensor:
             return transform(images[index])

@@ -6,7 +6,6 @@ python -m pytest -k sigma     # some of it
 
 import csv
 import gzip
-import importlib
 import itertools
 import json
 import math
@@ -393,10 +392,10 @@ def nets(n=6, full=False, deterministic=False, seed=0):
     return nn.Sequential(net, head), common.Decoder(n, 1, 32, 0.01)
 
 
-ARGS = dict(
-    k=3, sigma_points="random", kappa=0.5, beta=0.01, gamma=1e-3, regularizer="w2", gp=True, per_sample=False,
-    mean_image=False, decoder_reg="none", kernel="imq",
-)  # fmt: skip
+ARGS = {
+    "k": 3, "sigma_points": "random", "kappa": 0.5, "beta": 0.01, "gamma": 1e-3, "regularizer": "w2", "gp": True,
+    "per_sample": False, "mean_image": False, "decoder_reg": "none", "kernel": "imq",
+}  # fmt: skip
 
 
 def loss_of(script, seed=1, full=False, encoder_decoder=None, **changes):
@@ -447,11 +446,13 @@ def test_reconstruction_of_vae_and_ut_vae_and_their_daggers():
 @pytest.mark.parametrize(
     ("script", "changes"),
     [
-        *[(s, c) for s in (vae, ut_vae) for c in ({"regularizer": "kl"}, {"regularizer": "w2-squared"}, {"gp": False}, {"k": 5})],
-        (vae, {"mean_image": True}), (ut_vae, {"per_sample": True}), (ut_vae, {"kappa": 2.0}), (ut_vae, {"sigma_points": "pairs"}),
-        (ut_vae, {"sigma_points": "largest"}), (uae, {"gamma": 1.0}), (uae, {"kappa": 2.0}), (uae, {"regularizer": "w2-squared"}),
-        (uae, {"beta": 1.0}), (rae, {"decoder_reg": "gp"}), (rae, {"decoder_reg": "l2"}), (rae, {"beta": 1.0}),
-        (iwae, {"k": 5}), (iwae, {"beta": 1.0}), (wae_mmd, {"kernel": "rbf"}), (wae_mmd, {"beta": 1.0}),
+        *itertools.product((vae, ut_vae), ({"regularizer": "kl"}, {"regularizer": "w2-squared"}, {"gp": False})),
+        (vae, {"k": 5}), (ut_vae, {"k": 5}), (uae, {"k": 5}),
+        (vae, {"mean_image": True}), (ut_vae, {"per_sample": True}), (ut_vae, {"kappa": 2.0}),
+        (ut_vae, {"sigma_points": "pairs"}), (ut_vae, {"sigma_points": "largest"}), (uae, {"gamma": 1.0}),
+        (uae, {"kappa": 2.0}), (uae, {"regularizer": "w2-squared"}), (uae, {"beta": 1.0}), (rae, {"decoder_reg": "gp"}),
+        (rae, {"decoder_reg": "l2"}), (rae, {"beta": 1.0}), (iwae, {"k": 5}), (iwae, {"beta": 1.0}),
+        (wae_mmd, {"kernel": "rbf"}), (wae_mmd, {"beta": 1.0}),
     ],
 )  # fmt: skip
 def test_every_variant_changes_the_loss(script, changes):
@@ -757,7 +758,7 @@ def test_a_broken_image_is_named(which, tmp_path):
 
 def test_folders_that_cannot_be_a_data_set():
     Path("empty").mkdir()
-    with pytest.raises(UserError, match="empty.* has no images"):
+    with pytest.raises(UserError, match=r"empty.* has no images"):
         common.load_dataset("empty")
     with pytest.raises(UserError, match="nosuch"):
         common.load_dataset("nosuch")
@@ -1089,9 +1090,7 @@ def test_a_run_leaves_everything_behind(name, capsys):
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     for seed in ("1", "1", "2"):
         uae.main([*TINY, "--epochs", "2", "--seed", seed])
-    a, b, c = (
-        Path("runs") / f"uae-digits-limittrain96-batchsize32-width0.02-epochs2-seed{s}" for s in ("1", "1-2", "2")
-    )
+    a, b, c = sorted(Path("runs").iterdir())  # ...-seed1, ...-seed1-2, ...-seed2
     assert metrics(a) == metrics(b) != metrics(c)
     assert same(weights_of(a), weights_of(b))
 
@@ -1120,24 +1119,36 @@ def test_learning_rate_is_halved_after_five_epochs_without_improvement():
         assert float(row["lr"]) == rate
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values())
-def test_interrupted_and_resumed_is_the_uninterrupted_run(script, monkeypatch):
-    """Stopped in the middle of an epoch and right before each of the three files of a checkpoint."""
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_interrupted_and_resumed_is_the_uninterrupted_run(name, monkeypatch):
+    """Stopped in the middle of an epoch and, for uae.py, right before each of the three files of a checkpoint."""
+    script = SCRIPTS[name]
     common_args = [*TINY, "--epochs", "3"]
     script.main([*common_args, "--out", "whole"])
     whole = only("whole")
-    for at in ("step", "metrics.csv", "best.pt", "last.pt"):
-        calls, original_log, original_write = 0, common.Run.log, common.write_file
+    write, log = common.write_file, common.Run.log
+    for at, moment in (
+        (("step", 5), ("metrics.csv", 2), ("best.pt", 3), ("last.pt", 3)) if name == "uae" else (("step", 5),)
+    ):
+        calls = dict.fromkeys(("step", "metrics.csv", "best.pt", "last.pt", "args.json"), 0)
 
-        def stop(name, *, at=at):
-            nonlocal calls
-            calls += name == at
-            if name == at and calls == {"step": 5, "metrics.csv": 2, "best.pt": 3, "last.pt": 3}[at]:
-                raise KeyboardInterrupt
+        def stop(what, at=at, moment=moment, calls=calls):
+            if what in calls:
+                calls[what] += 1
+                if what == at and calls[what] == moment:
+                    raise KeyboardInterrupt
+
+        def stopping_log(run, *parts, stop=stop):
+            stop("step")
+            log(run, *parts)
+
+        def stopping_write(path, content, stop=stop):
+            stop(path.name)
+            write(path, content)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(common.Run, "log", lambda self, *a: (stop("step"), original_log(self, *a)))
-            patch.setattr(common, "write_file", lambda path, content: (stop(path.name), original_write(path, content)))
+            patch.setattr(common.Run, "log", stopping_log)
+            patch.setattr(common, "write_file", stopping_write)
             script.main([*common_args, "--out", at])
         script.main(["--resume", str(only(at))])
         assert metrics(only(at)) == metrics(whole)
@@ -1242,7 +1253,7 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(arguments, message, capsys
     lines = [
         line
         for line in capsys.readouterr().err.splitlines()
-        if "img" not in line and "decoding" not in line and line.strip()
+        if "img/s" not in line and "decoding" not in line and line.strip()
     ]
     assert len(lines) == 1 and lines[0].startswith("uae.py: error: ")
     assert re.search(message, lines[0])
@@ -1258,22 +1269,26 @@ def test_flags_that_would_weigh_nothing_are_refused():
 
 
 def test_a_script_as_a_stranger_starts_it():
-    """Exit code, one line, no traceback; --help shows defaults."""
+    """Exit code, one line, no traceback."""
     bad = subprocess.run([sys.executable, HERE / "uae.py", "--k", "0"], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and not Path("runs").exists()
-    for name in SCRIPTS:
-        text = subprocess.run([sys.executable, HERE / f"{name}.py", "--help"], capture_output=True, text=True).stdout
-        assert "(default: 0.005)" in text and f"python {name}.py" in text
-        assert all(line == line.rstrip() or "None" not in line for line in text.splitlines())
-        assert "default: None" not in text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_has_the_commands_and_the_defaults(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[name].main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "(default: 0.005)" in text and f"python {name}.py" in text and "default: by data set" in text
+    assert "default: None" not in text and "default: False" not in text
 
 
 def test_a_nan_stops_the_run_and_names_epoch_step_and_parts():
-    with pytest.raises(UserError, match=r"not finite in epoch 1, step 1 \(loss nan.*rec.*lower --lr.*last\.pt"):
-        with pytest.MonkeyPatch.context() as patch:
-            original = uae.loss
-            patch.setattr(uae, "loss", lambda *a: {k: v * math.nan for k, v in original(*a).items()})
-            uae.main([*TINY])
+    original, expected = uae.loss, r"not finite in epoch 1, step 1 \(loss nan.*rec.*lower --lr.*last\.pt"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=expected):
+        patch.setattr(uae, "loss", lambda *a: {k: v * math.nan for k, v in original(*a).items()})
+        uae.main([*TINY])
     assert same(weights_of(only("runs")), weights_of(only("runs"), "best.pt"))  # the checkpoint before the first step
     assert all(w.isfinite().all() for w in weights_of(only("runs")).values())
 
@@ -1308,7 +1323,7 @@ def test_ctrl_c_ends_with_the_command_that_resumes():
 
 def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run():
     """SIGKILL, some of them while a checkpoint is being written."""
-    arguments = [*TINY, "--epochs", "25"]
+    arguments = [*TINY, "--epochs", "12"]
     uae.main([*arguments, "--out", "whole"])
     pick, folder, kills = random.Random(0), None, 0
     for attempt in range(40):
@@ -1317,7 +1332,7 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run():
             [sys.executable, HERE / "uae.py", *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         killed = False
-        if attempt < 5:
+        if attempt < 3:
             line = run.stdout.readline()
             time.sleep(pick.uniform(0, 0.3))
             folder = only("killed")
@@ -1331,7 +1346,7 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run():
         run.communicate(timeout=100)
         if not killed and run.returncode == 0:
             break
-    assert kills >= 3
+    assert kills >= 2
     assert metrics(folder) == metrics(only("whole"))
     assert same(weights_of(folder), weights_of(only("whole")))
     assert not list(folder.glob(".*.tmp"))
@@ -1345,20 +1360,29 @@ def torchrun(script, *arguments, processes=2):
     )
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_two_processes_train_and_evaluate(name):
-    done = torchrun(HERE / f"{name}.py", *TINY, "--fid", "digits", "--epochs", "2")
+def test_two_processes_train_and_evaluate_every_script():
+    Path("all.py").write_text(
+        "import importlib, sys\n"
+        f"for name in {list(SCRIPTS)}:\n"
+        "    importlib.import_module(name).main([*sys.argv[1:], '--out', name])\n"
+    )
+    done = torchrun("all.py", *TINY, "--fid", "digits", "--epochs", "2")
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = only("runs")  # one rank writes
-    assert len(metrics(folder)) == 2
-    results = json.loads((folder / "results.json").read_text())
-    assert results["args"]["world_size"] == 2 and math.isfinite(results["sample"])
-    if name == "uae":  # resumed on both ranks it is the same run; on one it is refused
-        torchrun(HERE / "uae.py", *TINY, "--epochs", "1", "--out", "short")
-        torchrun(HERE / "uae.py", "--resume", str(only("short")), "--epochs", "2")
-        assert metrics(only("short")) == metrics(folder)
-        with pytest.raises(UserError, match="2 ranks"):
-            uae.main(["--resume", str(only("short")), "--epochs", "3"])
+    for name in SCRIPTS:
+        folder = only(name)  # one rank writes
+        assert len(metrics(folder)) == 2
+        results = json.loads((folder / "results.json").read_text())
+        assert results["args"]["world_size"] == 2 and math.isfinite(results["sample"])
+
+
+def test_two_processes_resume_exactly_and_one_may_not():
+    for epochs, out in (("2", "whole"), ("1", "short")):
+        assert torchrun(HERE / "uae.py", *TINY, "--epochs", epochs, "--out", out).returncode == 0
+    assert torchrun(HERE / "uae.py", "--resume", str(only("short")), "--epochs", "2").returncode == 0
+    assert metrics(only("short")) == metrics(only("whole"))
+    assert same(weights_of(only("short")), weights_of(only("whole")))
+    with pytest.raises(UserError, match="2 ranks"):
+        uae.main(["--resume", str(only("short")), "--epochs", "3"])
 
 
 RANKS_PROGRAM = """
@@ -1370,15 +1394,19 @@ args = Namespace(k=33, sigma_points="random", kappa=0.5, regularizer="w2", beta=
                  precision="fp32", seed=0, world_size=ranks, compile=False, stock=False)
 device = common.start(args)
 net = Encoder(1, 32, 0.02)
-model = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(net, GaussianHead(net.features, 16)), "decoder": Decoder(16, 1, 32, 0.02)})
-common.prepare(model, args, device).eval()
+encoder, decoder = torch.nn.Sequential(net, GaussianHead(net.features, 16)), Decoder(16, 1, 32, 0.02)
+model = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+common.prepare(model, args, device).eval().double()  # float32 sums of this many terms differ in the 3rd digit
 images = common.load_dataset("digits").train[:64]
-x = torch.cat(list(common.epoch_batches(images, 64 // ranks, seed=3)))
+x = torch.cat(list(common.epoch_batches(images, 64 // ranks, seed=3))).double()
 uae.loss(model["encoder"], model["decoder"], x, args)["loss"].backward()
 common.average_gradients(model)
 seen = []
-whole = common.map_batches(lambda batch: (seen.append(len(batch)), batch.float().mean((1, 2, 3)))[1], common.load_dataset("digits").val, "", 7)
-counts = common.from_rank_zero(lambda: sum(seen))
+def mean(batch):
+    seen.append(len(batch))
+    return batch.float().mean((1, 2, 3))
+whole = common.map_batches(mean, common.load_dataset("digits").val, "", 7)
+counts = sum(seen)
 if common.rank() == 0:
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.save({"gradients": gradients, "whole": whole, "share": counts}, f"ranks{ranks}.pt")
@@ -1393,7 +1421,7 @@ def test_two_ranks_have_the_gradient_of_one_and_see_every_image_once():
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (torch.load(f"ranks{n}.pt") for n in (1, 2))
     assert one["gradients"].norm() > 1e-3
-    assert (one["gradients"] - two["gradients"]).norm() < 1e-4 * one["gradients"].norm()
+    assert (one["gradients"] - two["gradients"]).norm() < 1e-9 * one["gradients"].norm()
     assert torch.equal(one["whole"], two["whole"]) and len(two["whole"]) == 300
     assert (one["share"], two["share"]) == (300, 150)
 
@@ -1441,7 +1469,8 @@ def test_bf16_and_compile_follow_fp32(flags):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_benchmark_prints_what_it_measured_and_writes_nothing(name, capsys):
-    results = SCRIPTS[name].main([*TINY, "--benchmark", "2", "--stock", "--dataset", "cifar10", "--latent-dim", "8"])
+    shape = ["--dataset", "cifar10", "--latent-dim", "8", "--width", "0.02", "--batch-size", "8"]
+    results = SCRIPTS[name].main([*shape, "--benchmark", "2", "--stock"])
     output = capsys.readouterr().out
     for words in (
         "images/s",
@@ -1449,14 +1478,14 @@ def test_benchmark_prints_what_it_measured_and_writes_nothing(name, capsys):
         "ms a step",
         "TFLOP/s",
         "peak memory",
-        "times as fast as stock",
+        "as fast as stock",
         "loader",
         "[3, 32, 32]",
     ):
         assert words in output
-    if "k" in vars(common.argument_parser(__file__, "").parse_args([])) or name in ("vae", "ut_vae", "uae", "iwae"):
-        assert results["default"]["tflop"] < results["stock"]["tflop"]
-    assert results["memory_gib"] > 0 and not list(Path().iterdir())
+    folded = results["default"]["tflop"] < results["stock"]["tflop"]
+    assert folded == (name not in ("rae", "wae_mmd"))  # 8 points are too few to fold
+    assert results["memory_gib"] > 0 and results["loader_ratio"] > 0 and not list(Path().iterdir())
 
 
 def fake_result(folder, model="UAE 8x largest", seed=0, sample=1.0, data="cifar10", **settings):
@@ -1482,7 +1511,8 @@ def test_results_table_averages_over_seeds_in_the_papers_order(capsys):
     common.main(["runs"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == [
-        "VAE 8x", "RAE-L2", "VAE*-full 2x", "VAE*² 8x", "UT-VAE*-GP 2x largest", "UAE 8x largest", "WAE-MMD", "UAE 8x largest"
+        "VAE 8x", "RAE-L2", "VAE*-full 2x", "VAE*² 8x", "UT-VAE*-GP 2x largest", "UAE 8x largest", "WAE-MMD",
+        "UAE 8x largest",
     ]  # fmt: skip
     assert "| cifar10 | UAE 8x largest | inception-tf | 10000 | 6.00 ± 5.29 | 3.00 ± 2.65 | 3.00 ± 0.00 | 3 |" in lines
     fake_result(Path("runs/other"), seed=9, epochs=50)
@@ -1503,9 +1533,10 @@ def test_the_six_scripts_have_one_section_order():
     heads = []
     for name in SCRIPTS:
         source = (HERE / f"{name}.py").read_text()
-        marks = ['"""', "import time", "def loss(", "def main(", "parser.add_argument" if False else "common.parse_args", "common.start",
-                 "def train_step", "common.benchmark", "common.load_data", "fid.load_features", "common.Run(", "run.batches",
-                 "common.validating", "scheduler.step", "run.end_epoch", "fid.evaluate", "common.cli(main)"]  # fmt: skip
+        marks = """import time|def loss(|def main(|common.parse_args|common.start|def train_step|common.benchmark|
+            common.load_data|fid.load_features|common.Run(|run.batches|common.validating|scheduler.step|run.end_epoch|
+            fid.evaluate|common.cli(main)"""
+        marks = [mark.strip() for mark in marks.split("|")]
         places = [source.index(mark) for mark in marks]
         assert places == sorted(places), name
         heads.append(source[source.index("    def train_step") :])
@@ -1516,4 +1547,3 @@ def test_importing_does_nothing():
     code = "import sys; sys.argv = ['x', '--nosuch']; import common, fid, vae, ut_vae, uae, rae, iwae, wae_mmd"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0 and done.stdout == done.stderr == ""
-    assert importlib.import_module("common").Run.current is None or True
