@@ -1082,10 +1082,8 @@ def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: to
         return time.perf_counter()
 
     def matmul_peak() -> float:  # FLOP/s of the best of a few products, in the precision of the nets
-        a, times = (
-            torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else None),
-            [],
-        )
+        side, times = 8192 if device.type == "cuda" else 2048, []
+        a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else None)
         for _ in range(10):
             start = clock()
             a @ a
