@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import statistics
 import sys
 import time
@@ -360,6 +359,8 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
     if len(data.train) < args.batch_size * world_size():
         ranks = f" on each of {world_size()} ranks" if world_size() > 1 else ""
         raise UserError(f"--batch-size {args.batch_size}{ranks}: there are only {len(data.train)} training images")
+    if len(data.val) < world_size():
+        raise UserError(f"{len(data.val)} validation images are too few for {world_size()} ranks")
     return data
 
 
@@ -537,7 +538,7 @@ def _map(images: np.ndarray) -> Tensor:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 -> float32 in [-1,1], the range of the decoder's tanh."""
-    return images.float() / 127.5 - 1
+    return images.float().div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -767,6 +768,7 @@ def start(args: argparse.Namespace) -> torch.device:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer page faults in multi-GB activations on CPUs
     warnings.filterwarnings("ignore", "`?torch.jit.script", FutureWarning)  # torch's own, in forward-mode derivatives
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
@@ -913,7 +915,8 @@ class Run:
 
     def batches(self, images: Tensor):
         """An epoch of training batches under a progress bar that shows the loss and the images/s of all ranks."""
-        args, self.flushed, self.images = self.args, time.perf_counter(), 0
+        args, self.images, self.started = self.args, 0, time.perf_counter()
+        self.flushed, self.lr = self.started, self.optimizer.param_groups[0]["lr"]
         description, total = f"epoch {self.epoch + 1}/{args.epochs}", len(images)
         with tqdm(total=total, desc=description, unit="img", disable=rank() > 0, leave=False) as self.bar:
             for x in epoch_batches(images, args.batch_size, args.seed + self.epoch, args.flip):
@@ -931,7 +934,7 @@ class Run:
     def _flush(self) -> None:
         if not self.pending:
             return
-        values = torch.stack([value for value, _ in self.pending]).double().cpu()  # [steps, parts]
+        values = torch.stack([value for value, _ in self.pending]).cpu().double()  # [steps, parts]
         finite = values.isfinite().all(1)
         if not finite.all():
             bad = int(finite.long().argmin())
@@ -942,7 +945,7 @@ class Run:
             )
         self.logged += [(value, images) for value, (_, images) in zip(values, self.pending, strict=True)]
         self.pending, self.flushed = [], time.perf_counter()
-        if self.bar is not None and not self.bar.disable:
+        if self.bar is not None:
             self.bar.set_postfix(loss=f"{values[-1, 0].item():.5f}", refresh=False)
 
     def means(self) -> dict[str, float]:
@@ -955,19 +958,22 @@ class Run:
             sums = sums.to(self.device)
             dist.all_reduce(sums)
         self.logged = []
+        if self.bar is not None:  # the training part of the epoch is done
+            self.bar, self.train_seconds = None, time.perf_counter() - self.started
         return dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
-    def end_epoch(self, train: dict[str, float], validation: dict[str, float], seconds: float) -> None:
+    def end_epoch(self, train: dict[str, float], validation: dict[str, float]) -> None:
         """Count the epoch, keep its row of metrics.csv, and write the checkpoints."""
         self.epoch += 1
-        row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        speed = self.images / self.train_seconds
+        row = {"epoch": self.epoch, "lr": self.lr}  # the epoch's own rate
         row |= {f"train_{name}": value for name, value in train.items()}
         row |= {f"val_{name}": value for name, value in validation.items()}
-        self.history.append(row | {"seconds": seconds, "images_per_s": self.images / seconds})
+        self.history.append(row | {"seconds": time.perf_counter() - self.started, "images_per_s": speed})
         if rank() == 0:
             tqdm.write(
                 f"epoch {self.epoch:3d}  train {train['loss']:.5f}  validation {validation['loss']:.5f}"
-                f"  lr {row['lr']:.2g}  {self.images / seconds:.0f} images/s"
+                f"  lr {row['lr']:.2g}  {speed:.0f} images/s"
             )
         improved = validation["loss"] < self.best
         self.best = min(self.best, validation["loss"])
@@ -1074,6 +1080,8 @@ def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
 
 def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: torch.device) -> dict:
     """Time `train_step(x)` on random images and print what it costs; with --stock, both paths in alternation."""
+    import resource
+
     from torch.utils.flop_counter import FlopCounterMode
 
     def clock() -> float:
@@ -1142,14 +1150,15 @@ def _benchmark_loader(args: argparse.Namespace, device: torch.device, clock) -> 
 
     images = torch.randint(0, 256, (20_000, args.channels, args.image_size, args.image_size), dtype=torch.uint8)
     transform = [v2.RandomHorizontalFlip()] if args.flip else []
-    transform = v2.Compose([*transform, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])
+    transform += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+    transform = v2.Compose(transform)
 
-    class Images(TorchDataset):
+    class Images(TorchDataset):  # PIL images, as torchvision's data sets give them
         def __len__(self) -> int:
             return 20 * args.batch_size
 
         def __getitem__(self, index: int) -> Tensor:
-            return transform(images[index])
+            return transform(image_ops.to_pil_image(images[index]))
 
     def rate(batches) -> float:
         start, count = clock(), 0

@@ -70,7 +70,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, method: str = "sqrtm") -> float:
 
 def feature_statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean [d] and unbiased covariance [d,d] of features [N,d], in float64; warns unless N > d."""
-    features = features.double().cpu().numpy()
+    features = features.cpu().double().numpy()
     count, d = features.shape
     if count < 2:
         raise UserError(f"a covariance needs at least 2 images, there is {count}")

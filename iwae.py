@@ -12,7 +12,6 @@ pixels. README.md lists every such decision.
 """
 
 import math
-import time
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,6 @@ def main(argv: list[str] | None = None) -> dict:
     features = fid.load_features(args, data, device)
     run = common.Run(args, model, optimizer, scheduler, device)
     while run.epoch < args.epochs and not args.eval_only:
-        started = time.perf_counter()
         model.train()
         for x in run.batches(data.train):
             run.log(train_step(x), len(x))
@@ -87,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation, time.perf_counter() - started)
+        run.end_epoch(train, validation)
     return fid.evaluate(run, label, encoder, decoder, data, features)
 
 

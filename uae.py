@@ -12,8 +12,6 @@ What the paper leaves open: ‖·‖² of images is the mean over pixels; W₂ i
 square; κ = 1/2; the Jacobian's norm is a one-draw unbiased estimate. README.md lists every such decision.
 """
 
-import time
-
 import torch
 from torch import Tensor, nn
 
@@ -34,11 +32,13 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
     """Eq. 8 and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     mu, scale = encoder(x)  # [B,n], [B,n] or L [B,n,n]
     z = sample_sigma_points(mu, scale, args.k, args.sigma_points, args.kappa)  # [B,K,n], Eq. 5
-    fold = decoder.fold(z.shape[0] * z.shape[1])  # the decoder's first two layers as one matrix, for both passes below
+    fold = decoder.fold((args.k + 1) * len(x))  # the decoder's first two layers as one matrix, for all passes below
     images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
     rec = (x - images.mean(1)).square().mean((1, 2, 3))  # Eq. 9
     reg = wasserstein2(mu, scale, squared=args.regularizer == "w2-squared")  # Eq. 19, 20
-    gp = largest_variance(scale) * gradient_penalty(decoder, mu, fold=fold)  # Eq. 12
+    gp = torch.zeros_like(rec)
+    if args.gamma > 0:
+        gp = largest_variance(scale) * gradient_penalty(decoder, mu, fold=fold)  # Eq. 12
     total = (rec + args.beta * reg + args.gamma * gp).mean()  # Eq. 8
     return {"loss": total, "rec": rec.mean(), "reg": reg.mean(), "gp": gp.mean()}
 
@@ -81,7 +81,6 @@ def main(argv: list[str] | None = None) -> dict:
     features = fid.load_features(args, data, device)
     run = common.Run(args, model, optimizer, scheduler, device)
     while run.epoch < args.epochs and not args.eval_only:
-        started = time.perf_counter()
         model.train()
         for x in run.batches(data.train):
             run.log(train_step(x), len(x))
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict:
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation, time.perf_counter() - started)
+        run.end_epoch(train, validation)
     return fid.evaluate(run, label, encoder, decoder, data, features)
 
 

@@ -13,8 +13,6 @@ What the paper leaves open: ‖·‖² of images is the mean over pixels; KL has
 --regularizer w2-squared its square; κ = 1/2. README.md lists every such decision.
 """
 
-import time
-
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +34,9 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     mu, scale = encoder(x)  # [B,n], [B,n] or L [B,n,n]
     z = sample_sigma_points(mu, scale, args.k, args.sigma_points, args.kappa)  # [B,K,n], Eq. 5
-    fold = decoder.fold(z.shape[0] * z.shape[1])  # the decoder's first two layers as one matrix, for all passes below
+    fold = decoder.fold(
+        (args.k + args.gp) * len(x)
+    )  # the decoder's first two layers as one matrix, for all passes below
     images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
     if args.per_sample:
         rec = (x.unsqueeze(1) - images).square().mean((1, 2, 3, 4))  # Table 3, †
@@ -96,7 +96,6 @@ def main(argv: list[str] | None = None) -> dict:
     features = fid.load_features(args, data, device)
     run = common.Run(args, model, optimizer, scheduler, device)
     while run.epoch < args.epochs and not args.eval_only:
-        started = time.perf_counter()
         model.train()
         for x in run.batches(data.train):
             run.log(train_step(x), len(x))
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation, time.perf_counter() - started)
+        run.end_epoch(train, validation)
     return fid.evaluate(run, label, encoder, decoder, data, features)
 
 

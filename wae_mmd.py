@@ -10,8 +10,6 @@ Here --beta is another name of --mmd-weight, λ. What the paper leaves open: ‖
 kernel and its scale; --kernel rbf takes k = exp(-‖a-b‖² / C). README.md lists every such decision.
 """
 
-import time
-
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +73,6 @@ def main(argv: list[str] | None = None) -> dict:
     features = fid.load_features(args, data, device)
     run = common.Run(args, model, optimizer, scheduler, device)
     while run.epoch < args.epochs and not args.eval_only:
-        started = time.perf_counter()
         model.train()
         for x in run.batches(data.train):
             run.log(train_step(x), len(x))
@@ -85,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict:
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation, time.perf_counter() - started)
+        run.end_epoch(train, validation)
     return fid.evaluate(run, label, encoder, decoder, data, features)
 
 
