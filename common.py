@@ -12,11 +12,13 @@ Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dime
 
 import argparse
 import csv
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -24,6 +26,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -391,9 +394,12 @@ def _cifar10(data_dir: Path) -> tuple[list[Tensor], str]:
 def _torchvision(name: str, data_dir: Path, files: str, place: Path) -> list:
     from torchvision import datasets
 
+    existed = data_dir.exists()
     try:
         return [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError) as error:  # URLError is an OSError
+    except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:  # URLError is an OSError
+        if not existed:
+            shutil.rmtree(data_dir, ignore_errors=True)  # what the failed download made
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot get {name} ({reason}): check the network, or put {files} into {place}/") from None
 
@@ -422,7 +428,7 @@ def _celeba(data_dir: Path) -> tuple[list[Tensor], str]:
         what = f"{len(missing)} files are missing, the first is {missing[0]}" if missing else "an empty split"
         raise UserError(f"CelebA by {partition}: {what}")
     files = [file for split in splits for file in split]
-    key = json.dumps(["148 to 64", len(files), files[0].name, files[-1].name])
+    key = hashlib.sha256("/".join(["148 to 64", *(file.name for file in files)]).encode()).hexdigest()
     images = decode_images(files, 64, crop=148, cache=root / "celeba-64.npy", key=key)
     return list(images.split([len(split) for split in splits])), "centre crop 148, resized to 64 bilinear antialiased"
 
@@ -461,6 +467,9 @@ def image_files(folder: Path) -> list[Path]:
         if any(os.path.samefile(top, parent) for parent in Path(top).parents if parent.is_relative_to(folder)):
             raise UserError(f"{top} is a symbolic link to a folder above it: remove it")
         found += [Path(top, file) for file in files]
+    others = [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
+    if others and rank() == 0:
+        print(f"{folder}/: left out {len(others)} files that are no images by name, as {others[0]}", file=sys.stderr)
     files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
     if not files:
         raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
@@ -663,9 +672,12 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         vars(args).update(saved)
         vars(args).update({name: given.get(name) for name in ("resume", "eval_only")})
         vars(args).update({name: given[name] for name in given.keys() & CHANGEABLE})
+        if args.eval_only and "epochs" in given:
+            raise UserError(f"--epochs {args.epochs} changes nothing with --eval-only: use --resume {folder}")
     else:
         defaults = defaults_of(args.dataset, args.image_size)
-        defaults = defaults | {"fid": "digits" if args.dataset == "digits" else "imagenet"}
+        has_digits = args.dataset == "digits" and args.image_size in (None, 32)
+        defaults = defaults | {"fid": "digits" if has_digits else "imagenet"}
         for name, value in defaults.items():
             if getattr(args, name, None) is None and (name != "sigma_points" or hasattr(args, name)):
                 setattr(args, name, value)
@@ -677,7 +689,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if args.precision == "tf32" and device.type != "cuda" or args.precision == "bf16" and device.type == "mps":
         raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
-    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    args.world_size = saved.get("world_size") if args.eval_only else int(os.environ.get("WORLD_SIZE", 1))
     if args.resume and args.world_size != saved.get("world_size"):
         raise UserError(f"{folder} ran on {saved.get('world_size')} ranks and cannot go on with {args.world_size}")
     return args
@@ -700,6 +712,8 @@ def cli(main) -> None:
     """Run a script's main: a user's mistake is one line and exit code 2, Ctrl-C tells how to go on (130)."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         who = f"{Path(sys.argv[0]).name}{f' (rank {rank()})' if rank() else ''}"
         print(f"{who}: error: {error}", file=sys.stderr)
@@ -710,9 +724,6 @@ def cli(main) -> None:
             print(f"\nstopped; the last checkpoint is {run.dir / 'last.pt'}", file=sys.stderr)
             print(f"go on with: python {run.args.script}.py --resume {run.dir}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def load_json(path: Path) -> dict:
@@ -762,12 +773,13 @@ def world_size() -> int:
 def start(args: argparse.Namespace) -> torch.device:
     """Join the other ranks under torchrun, set precision and seed, return this rank's device."""
     device = resolve_device(args.device)
-    if args.world_size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if ranks > 1 else device.index or 0)
+        torch.cuda.set_device(device)
+    if ranks > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # as long as a slow download may take
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer page faults in multi-GB activations on CPUs
     warnings.filterwarnings("ignore", "`?torch.jit.script", FutureWarning)  # torch's own, in forward-mode derivatives
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
@@ -839,13 +851,31 @@ def use_stock(model: nn.Module, stock: bool) -> None:
 # A run: its folder, its checkpoints, its metrics
 
 
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of the random generators of the CPU and of the device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Put back what `random_states` took; a device that is not here any more is passed over."""
+    torch.set_rng_state(states["cpu"])
+    for name in states.keys() - {"cpu"}:
+        if getattr(torch, name).is_available():
+            getattr(torch, name).set_rng_state(states[name])
+
+
 @contextmanager
 def validating(model: nn.Module, device: torch.device):
     """Evaluation mode, no gradients, and the same noise every time, without touching the training's random stream."""
     average_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])  # batch norm's statistics
-    with eval_mode(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    states = random_states(device)
+    torch.manual_seed(0)
+    with eval_mode(model), torch.no_grad():
         yield
+    set_random_states(states)
 
 
 def validation_batches(images: Tensor, batch_size: int):
@@ -865,11 +895,10 @@ class Run:
         self.bar, self.names, self.pending, self.logged = None, [], [], []
         folder = args.resume or args.eval_only
         self.dir = Path(folder) if folder else Path(from_rank_zero(self._new_folder))
-        if folder:
+        if args.resume:
             for leftover in self.dir.glob(".*.tmp") if rank() == 0 else ():  # of a killed run
                 leftover.unlink(missing_ok=True)
-            if args.resume:
-                self._restore(self.load(self.dir / "last.pt"))
+            self.load(self.dir / "last.pt", self._restore)
         if rank() == 0 and not args.eval_only:
             write_file(self.dir / "args.json", json.dumps(vars(args), indent=1))
         Run.current = self
@@ -889,11 +918,13 @@ class Run:
                 raise UserError(f"--out {self.args.out}: cannot make {folder}: {error.strerror}") from None
         raise UserError(f"--out {self.args.out}: there are 999 runs named {self.args.name}, remove some")
 
-    def load(self, path: Path) -> dict:
-        """A checkpoint, loaded without executing code from it. Raises UserError naming the file."""
+    def load(self, path: Path, restore) -> dict:
+        """restore(checkpoint), loaded without executing code from it. Raises UserError naming the file."""
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises almost anything
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            restore(state)
+            return state
+        except Exception as error:  # a damaged or foreign file raises almost anything
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(f"cannot load the checkpoint {path}: {reason}") from None
 
@@ -902,16 +933,11 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
-        states = state["random"][rank()]
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and self.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+        set_random_states(state["random"][rank()])
 
     def load_best(self) -> dict:
         """Put the weights with the best validation loss into the model, return their checkpoint."""
-        state = self.load(self.dir / "best.pt")
-        self.model.load_state_dict(state["model"])
-        return state
+        return self.load(self.dir / "best.pt", lambda state: self.model.load_state_dict(state["model"]))
 
     def batches(self, images: Tensor):
         """An epoch of training batches under a progress bar that shows the loss and the images/s of all ranks."""
@@ -982,9 +1008,7 @@ class Run:
     def save(self, improved: bool = True) -> None:
         """Write metrics.csv, best.pt if the epoch was the best, and last.pt, each atomically; last.pt, from which the
         others can be made again, comes last."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        states = random_states(self.device)
         every = [states] * world_size()
         if dist.is_initialized():
             dist.all_gather_object(every, states)
@@ -1078,11 +1102,16 @@ def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=80))
 
 
-def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: torch.device) -> dict:
+def benchmark(train_step, model: nn.Module, optimizer, args: argparse.Namespace, device: torch.device) -> dict:
     """Time `train_step(x)` on random images and print what it costs; with --stock, both paths in alternation."""
     import resource
 
     from torch.utils.flop_counter import FlopCounterMode
+
+    def use(stock: bool) -> None:  # the optimiser's moments in the weights' memory format, as fused Adam wants them
+        use_stock(model, stock)
+        for weight, state in optimizer.state.items():
+            state |= {k: torch.empty_like(weight).copy_(v) for k, v in state.items() if v.shape == weight.shape}
 
     def clock() -> float:
         if device.type == "cuda":
@@ -1103,14 +1132,14 @@ def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: to
     seconds, flops, peak = {name: [] for name in paths}, {}, matmul_peak()
     model.train()
     for name, stock in paths.items():  # warm-up, and the count of operations as executed
-        use_stock(model, stock)
+        use(stock)
         train_step(x)
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             train_step(x)
         flops[name] = counter.get_total_flops()
     for _ in tqdm(range(args.benchmark), desc="steps", leave=False):
         for name, stock in paths.items():
-            use_stock(model, stock)
+            use(stock)
             start = clock()
             train_step(x)
             seconds[name].append(clock() - start)
@@ -1148,7 +1177,8 @@ def _benchmark_loader(args: argparse.Namespace, device: torch.device, clock) -> 
     from torch.utils.data import Dataset as TorchDataset
     from torchvision.transforms import v2
 
-    images = torch.randint(0, 256, (20_000, args.channels, args.image_size, args.image_size), dtype=torch.uint8)
+    shape = (args.channels, args.image_size, args.image_size)
+    images = torch.randint(0, 256, (max(20_000, args.batch_size), *shape), dtype=torch.uint8)
     transform = [v2.RandomHorizontalFlip()] if args.flip else []
     transform += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
     transform = v2.Compose(transform)
@@ -1158,7 +1188,7 @@ def _benchmark_loader(args: argparse.Namespace, device: torch.device, clock) -> 
             return 20 * args.batch_size
 
         def __getitem__(self, index: int) -> Tensor:
-            return transform(image_ops.to_pil_image(images[index]))
+            return transform(image_ops.to_pil_image(images[index % len(images)]))
 
     def rate(batches) -> float:
         start, count = clock(), 0
@@ -1183,27 +1213,20 @@ ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "U
 def results_table(folder: Path) -> str:
     """One Markdown table of all results.json below a folder, a row per model and data set, mean ± standard deviation
     over seeds. Raises UserError if runs of one row differ in anything but the seed."""
-    ignored = {
-        "seed",
-        "name",
-        "out",
-        "data_dir",
-        "device",
-        "resume",
-        "eval_only",
-        "benchmark",
-        "fid_method",
-        "world_size",
-    }
+    ignored = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "benchmark"}
     rows = {}
     for file in sorted(folder.rglob("results.json")):
         result = load_json(file)
+        if result.get("metric", "") is None:
+            continue  # --fid none
         try:
             key = (result["data"]["name"], result["features"], result["model"])
             result["settings"] = {k: v for k, v in result["args"].items() if k not in ignored}
-            result["settings"]["images"] = result["images"]
+            result["settings"] |= {name: result[name] for name in ("images", "features_hash")}
+            result |= {name: float(result[name]) for name in ("reconstruction", "sample", "interpolation")}
+            result["seed"], result["count"] = result["args"]["seed"], result["images"]["test"]
             rows.setdefault(key, []).append((file, result))
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{file} is not a results.json of these scripts") from None
     if not rows:
         raise UserError(f"no results.json below {folder}/")
@@ -1224,7 +1247,7 @@ def results_table(folder: Path) -> str:
             if differ:
                 raise UserError(f"{first} and {file} are both {key[2]} on {key[0]} but differ in {', '.join(differ)}")
         results = [result for _, result in rows[key]]
-        seeds = [result["args"]["seed"] for result in results]
+        seeds = [result["seed"] for result in results]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{key[2]} on {key[0]}: seeds {seeds} are not different, remove the repeated run")
         cells = []
@@ -1232,9 +1255,7 @@ def results_table(folder: Path) -> str:
             values = [result[kind] for result in results]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
-        lines.append(
-            f"| {key[0]} | {key[2]} | {key[1]} | {reference['images']['test']} | {' | '.join(cells)} | {len(seeds)} |"
-        )
+        lines.append(f"| {key[0]} | {key[2]} | {key[1]} | {reference['count']} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(lines)
 
 

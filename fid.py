@@ -250,13 +250,19 @@ def reference_statistics(features, data: common.Dataset, data_dir: Path) -> tupl
     }
     key = json.dumps(key)
     file = data_dir / "fid" / f"{data.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    try:
-        cached = np.load(file, allow_pickle=False)
-        mu, sigma = cached["mu"], cached["sigma"]
-        if str(cached["key"]) == key and sigma.shape == (*mu.shape, *mu.shape) and np.isfinite(sigma).all():
-            return mu, sigma
-    except Exception:  # missing, damaged or foreign: np.load raises almost anything
-        pass
+
+    def cached() -> tuple[np.ndarray, np.ndarray] | None:
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                mu, sigma = saved["mu"], saved["sigma"]
+                fits = str(saved["key"]) == key and sigma.shape == (*mu.shape, *mu.shape) and np.isfinite(sigma).all()
+                return (mu, sigma) if fits else None
+        except Exception:  # missing, damaged or foreign: np.load raises almost anything
+            return None
+
+    found = common.from_rank_zero(cached)  # one rank looks, so that all do the same
+    if found:
+        return found
     mu, sigma = feature_statistics(common.map_batches(features, data.test, "features of the test images", BATCH))
     if common.rank() == 0:
         try:
@@ -358,22 +364,21 @@ def _write_results(run: common.Run, results: dict, images: dict[str, Tensor], en
 # The command
 
 
-def statistics_of(path: Path, features: InceptionFeatures, batch_size: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Feature statistics of a folder of images or of a saved .npz, and a few words on what they are of."""
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                mu, sigma = saved["mu"], saved["sigma"]
-                made_with = str(saved["features"]) if "features" in saved else None
-        except Exception as error:
-            raise UserError(f"cannot read the statistics {path}: {error}") from None
-        if made_with and made_with != f"{features.name} {features.hash}":
-            raise UserError(
-                f"{path} was made with {made_with}, not {features.name} {features.hash}: name its --inception"
-            )
-        return mu, sigma, f"{path.name} (saved)"
-    if not path.is_dir():
-        raise UserError(f"{path} is neither a folder of images nor an .npz file")
+def saved_statistics(path: Path) -> tuple[np.ndarray, np.ndarray, str, str | None]:
+    """Mean, covariance, a few words on their source, and the features if the file names them, from an .npz."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            source = f" of {saved['source']}" if "source" in saved else ""
+            made_with = str(saved["features"]) if "features" in saved else None
+            return saved["mu"], saved["sigma"], f"{path.name} (saved statistics{source})", made_with
+    except Exception as error:  # a damaged file raises almost anything
+        raise UserError(f"cannot read the statistics {path}: {error}") from None
+
+
+def folder_statistics(
+    path: Path, features: InceptionFeatures, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, str, str]:
+    """The same from a folder of images, each resized by itself. Raises UserError naming a broken file."""
     files, outputs, sizes = common.image_files(path), [], set()
     with tqdm(total=len(files), desc=f"features of {path.name}", unit="img", leave=False) as bar:
         for start in range(0, len(files), batch_size):
@@ -382,7 +387,8 @@ def statistics_of(path: Path, features: InceptionFeatures, batch_size: int) -> t
             outputs.append(features(images).cpu())
             bar.update(len(images))
     shown = sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes"
-    return *feature_statistics(torch.cat(outputs)), f"{path.name} ({len(files)} images, {shown})"
+    name = f"{path.resolve().name} ({len(files)} images, {shown})"
+    return *feature_statistics(torch.cat(outputs)), name, f"{features.name} {features.hash}"
 
 
 def main(argv: list[str] | None = None) -> float | None:
@@ -395,16 +401,35 @@ def main(argv: list[str] | None = None) -> float | None:
     parser.add_argument("--batch-size", type=common.number(int, 1), default=BATCH, help="images a batch")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
     args = parser.parse_args(argv)
-    features = InceptionFeatures(args.inception).to(common.resolve_device(args.device))
-    mu, sigma, name = statistics_of(args.a, features, args.batch_size)
+    sides = [args.a] if args.save_stats else [args.a, args.b]
+    for path in sides:
+        if path.suffix != ".npz" and not path.is_dir():
+            raise UserError(f"{path} is neither a folder of images nor an .npz file")
+    if args.save_stats and args.b.suffix != ".npz":
+        raise UserError(f"--save-stats writes an .npz file, not {args.b}")
+    features = None
+    if any(path.suffix != ".npz" for path in sides):
+        features = InceptionFeatures(args.inception).to(common.resolve_device(args.device))
+    statistics = []
+    for path in sides:
+        if path.suffix == ".npz":
+            statistics.append(saved_statistics(path))
+        else:
+            statistics.append(folder_statistics(path, features, args.batch_size))
+    made_with = [known for *_, known in statistics if known]
+    if len(set(made_with)) > 1:
+        raise UserError(f"{args.a} was made with {made_with[0]}, {args.b} with {made_with[1]}: they cannot be compared")
+    mu, sigma, source, _ = statistics[0]
     if args.save_stats:
-        made_with = f"{features.name} {features.hash}"
-        common.write_file(args.b, lambda file: np.savez(file, mu=mu, sigma=sigma, features=made_with))
-        print(f"wrote {args.b}: {name}, {features.name}")
+        extra = {"features": made_with[0]} if made_with else {}
+        common.write_file(args.b, lambda file: np.savez(file, mu=mu, sigma=sigma, source=source, **extra))
+        print(f"wrote {args.b}: {source}, {', '.join(made_with)}")
         return None
-    other = statistics_of(args.b, features, args.batch_size)
-    distance = frechet_distance(mu, sigma, *other[:2], args.fid_method)
-    print(f"FID {distance:.4f}   {name} and {other[2]}, {features.name} {features.hash}, {args.fid_method}")
+    distance = frechet_distance(mu, sigma, *statistics[1][:2], args.fid_method)
+    known = (
+        made_with[0] if len(made_with) == 2 else f"{' '.join(made_with)} (the .npz does not name its features)".strip()
+    )
+    print(f"FID {distance:.4f}   {source} and {statistics[1][2]}, {known}, {args.fid_method}")
     return distance
 
 
