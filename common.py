@@ -346,7 +346,7 @@ def load_dataset(
         splits, preprocessing = _folder(Path(name), size)
     train, val, test = splits
     return Dataset(
-        name=name if name in loaders else Path(name).resolve().name,
+        name=name if name in loaders else f"folder-{Path(name).resolve().name}",
         train=train[:limit_train].to(device),
         val=val.to(device),
         test=test.to(device),
@@ -682,7 +682,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
             if getattr(args, name, None) is None and (name != "sigma_points" or hasattr(args, name)):
                 setattr(args, name, value)
         named = [f"{n.replace('_', '')}{'' if v is True else v}" for n, v in given.items() if n not in UNNAMED]
-        data = args.dataset if args.dataset in DEFAULTS else Path(args.dataset).resolve().name
+        data = args.dataset if args.dataset in DEFAULTS else f"folder-{Path(args.dataset).resolve().name}"
         args.name = "-".join([args.script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
     device = resolve_device(args.device)
     if args.precision is None:

@@ -728,7 +728,7 @@ def test_a_folder_of_images_of_any_size_and_mode():
         save(folder / f"{i}.png", noise_image(64, 64, 3, i))
     data = common.load_dataset(str(folder), image_size=64)
     assert len(data.train) + len(data.val) + len(data.test) == 20
-    assert data.train.shape[1:] == (3, 64, 64) and data.name == "pictures" and data.latent_dim == 64
+    assert data.train.shape[1:] == (3, 64, 64) and data.name == "folder-pictures" and data.latent_dim == 64
     assert torch.equal(data.train, common.load_dataset(str(folder), image_size=64).train)  # always the same split
     assert common.read_image(folder / "rgba.png").eq(255).all()  # transparent: white
     assert common.read_image(folder / "sixteen.png").eq(200).all()  # 51400 / 257
