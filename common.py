@@ -821,6 +821,15 @@ def average_gradients(model: nn.Module) -> None:
     average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
 
 
+def gather(x: Tensor) -> Tensor:
+    """In training the rows of x [B,...] of all ranks, [B·ranks,...], differentiable; elsewhere x itself."""
+    if world_size() == 1 or not torch.is_grad_enabled():
+        return x
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x))
+
+
 def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Move a model to the device, alike on all ranks, with the precision, memory format and compilation asked for."""
     model.to(device)

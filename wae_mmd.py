@@ -38,7 +38,8 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     z = encoder(x)  # [B,n]
     rec = (x - decoder(z)).square().mean()
-    reg = mmd(z, torch.randn_like(z), args.kernel)
+    codes = common.gather(z)  # of the whole batch, under torchrun
+    reg = mmd(codes, torch.randn_like(codes), args.kernel)
     return {"loss": rec + args.beta * reg, "rec": rec, "reg": reg}
 
 
