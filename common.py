@@ -12,6 +12,7 @@ Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dime
 
 import argparse
 import csv
+import ctypes
 import hashlib
 import io
 import itertools
@@ -34,7 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torchvision.transforms.v2 import functional as image_ops
 from tqdm import tqdm
 
@@ -149,22 +149,19 @@ def gradient_penalty(
 ) -> Tensor:
     """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian at mu (Eq. 12, 16).
 
-    mu [B,n] -> [B]. With `fold` (`Decoder.fold`, shared with the pass over the K points): E‖J u‖², u ~ N(0, I) over
-    latents, in forward mode. Without: E‖Jᵀ v‖² (Hutchinson), v = ±1 over pixels, by double backward. Each is the
-    cheaper of the two in its case (README, Speed). Batch norm uses its running statistics and leaves them alone, so J
-    is the Jacobian of a single image's decoding. Works under no_grad too.
+    mu [B,n] -> [B]. With this file's `Decoder` it is E‖J u‖², u ~ N(0, I) over latents, by `Decoder.jvp`, on `fold`
+    where there is one. With any other decoder it is E‖Jᵀ v‖² (Hutchinson), v = ±1 over pixels, by double backward,
+    which is slower (README, Speed). Batch norm uses its running statistics and leaves them alone, so J is the Jacobian
+    of a single image's decoding. Works under no_grad too.
     """
     create_graph = torch.is_grad_enabled()
-    forward_mode = fold is not None and fold[0].dtype == mu.dtype  # torch's forward mode fails in mixed precision
-    with eval_mode(decoder), torch.compiler.set_stance("force_eager"):
-        if forward_mode:
+    with eval_mode(decoder):
+        if isinstance(decoder, Decoder) and not decoder.stock:
             u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
-            with forward_ad.dual_level():
-                tangent = forward_ad.unpack_dual(decoder(forward_ad.make_dual(mu, u), fold)).tangent  # J u [B,C,H,W]
-            return tangent.square().sum((1, 2, 3))
-        with torch.enable_grad():
+            return decoder.jvp(mu, u, fold).square().sum((1, 2, 3))
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             mu = mu if mu.requires_grad else mu.detach().requires_grad_()
-            images = decoder(mu) if fold is None else decoder(mu, fold)
+            images = decoder(mu)
             v = torch.rand(images.shape, device=mu.device, generator=generator).lt(0.5).to(images.dtype) * 2 - 1
             (gradient,) = torch.autograd.grad(images, mu, v, create_graph=create_graph)  # Jᵀ v [B,n]
         return gradient.square().sum(1)
@@ -259,14 +256,35 @@ class Decoder(nn.Module):
         columns = columns.permute(0, 2, 3, 1).flatten(1)  # [n+1, 16·16·512]: channels last
         return columns[:-1], columns[-1]
 
+    def affine(self, z: Tensor, fold: tuple[Tensor, Tensor] | None, bias: bool = True) -> Tensor:
+        """z [M,n] -> z A + a, or without the bias z A, as [M,512,16,16]."""
+        if fold is None:
+            h = F.linear(z, self.linear.weight, self.linear.bias if bias else None)
+            return self.first(h.unflatten(1, (-1, 8, 8)))
+        h = torch.addmm(fold[1], z, fold[0]) if bias else z @ fold[0]
+        return h.unflatten(1, (16, 16, -1)).permute(0, 3, 1, 2)
+
     def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
         fold = self.fold(len(z)) if fold is None else fold
-        if fold is None:
-            h = self.first(self.linear(z).unflatten(1, (-1, 8, 8)))
-        else:
-            h = torch.addmm(fold[1], z, fold[0])  # z A + a
-            h = h.unflatten(1, (16, 16, -1)).permute(0, 3, 1, 2)  # [M,512,16,16]
-        return torch.tanh(self.rest(h).to(z.dtype))
+        return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
+
+    def jvp(self, z: Tensor, u: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z in evaluation mode (forward-mode differentiation).
+
+        torch's own forward mode would convolve every layer's input with a derivative of the weights that is zero, and
+        fails in batch norm under autocast.
+        """
+        fold = self.fold(2 * len(z)) if fold is None else fold
+        h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
+        for layer in self.rest:
+            h = layer(h)
+            if isinstance(layer, nn.BatchNorm2d):
+                t = t * (layer.weight * (layer.running_var + layer.eps).rsqrt()).to(t.dtype)[:, None, None]
+            elif isinstance(layer, nn.LeakyReLU):
+                t = torch.where(h > 0, t, layer.negative_slope * t)
+            else:
+                t = F.conv_transpose2d(t, layer.weight, stride=layer.stride, padding=layer.padding)
+        return (1 - torch.tanh(h.to(z.dtype)).square()) * t.to(z.dtype)
 
 
 @contextmanager
@@ -564,10 +582,11 @@ def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[rank() :: world_size()]
     order = order[: len(images) // world_size()].to(images.device)
     for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
-        x = images[batch]
-        if flip:
-            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-            x = torch.where(mirrored, x.flip(-1), x)
+        x = images.index_select(0, batch)  # on a CPU many times as fast as images[batch]
+        if flip:  # one of each image and its mirror image
+            coins = torch.randint(2, (len(x),), device=x.device)
+            either = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)  # [2B,C,H,W]
+            x = either.index_select(0, torch.arange(0, 2 * len(x), 2, device=x.device) + coins)
         yield to_float(x)
 
 
@@ -635,7 +654,7 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
         help="of the nets (default: bf16 on CUDA that has it, else fp32)",
     )
     add("--compile", action="store_true", help="torch.compile the nets")
-    add("--stock", action="store_true", help="without the exact speed-ups; with --benchmark: both, in alternation")
+    add("--stock", action="store_true", help="without this code's exact speed-ups, to compare with (README, Speed)")
     add(
         "--fid",
         help="features: imagenet, tf, digits, none, or a state dict on disk (default: digits on digits, else imagenet)",
@@ -780,12 +799,25 @@ def start(args: argparse.Namespace) -> torch.device:
     if ranks > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # as long as a slow download may take
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer page faults in multi-GB activations on CPUs
-    warnings.filterwarnings("ignore", "`?torch.jit.script", FutureWarning)  # torch's own, in forward-mode derivatives
+    if device.type == "cpu" and not args.stock:
+        keep_memory()
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.manual_seed(args.seed)
     return device
+
+
+def keep_memory() -> None:
+    """On Linux, make the process keep the memory that it frees, in huge pages.
+
+    By default glibc gives every large block back to the system, and each step pays again for clearing its gigabytes of
+    activations page by page (README, Speed).
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first large allocation
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never given back
 
 
 @contextmanager
@@ -836,24 +868,18 @@ def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) ->
     if world_size() > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
-    use_stock(model, args.stock)
+    model.to(memory_format=torch.contiguous_format if args.stock else torch.channels_last)
     for net in model.modules():
+        if isinstance(net, Decoder):
+            net.stock = args.stock
         if isinstance(net, Encoder | Decoder):
             if args.precision == "bf16":  # the nets only: heads, posterior terms and losses stay in float32
-                for name in {"forward", "fold"} & set(dir(net)):
+                for name in {"forward", "fold", "jvp"} & set(dir(net)):
                     setattr(net, name, torch.autocast(device.type, torch.bfloat16)(getattr(net, name)))
             if args.compile:
                 net.compile()
     torch.manual_seed(args.seed + 1_000_003 * rank())  # from here on each rank has its own noise
     return model
-
-
-def use_stock(model: nn.Module, stock: bool) -> None:
-    """The plain path (no folding, default memory format), or the fast one (folding, channels last)."""
-    model.to(memory_format=torch.contiguous_format if stock else torch.channels_last)
-    for net in model.modules():
-        if isinstance(net, Decoder):
-            net.stock = stock
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1111,72 +1137,62 @@ def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=80))
 
 
-def benchmark(train_step, model: nn.Module, optimizer, args: argparse.Namespace, device: torch.device) -> dict:
-    """Time `train_step(x)` on random images and print what it costs; with --stock, both paths in alternation."""
+def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: torch.device) -> dict:
+    """Time `train_step(x)` on random images and print what it costs; nothing is trained that is kept."""
     import resource
 
     from torch.utils.flop_counter import FlopCounterMode
-
-    def use(stock: bool) -> None:  # the optimiser's moments in the weights' memory format, as fused Adam wants them
-        use_stock(model, stock)
-        for weight, state in optimizer.state.items():
-            state |= {k: torch.empty_like(weight).copy_(v) for k, v in state.items() if v.shape == weight.shape}
 
     def clock() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
+    def timed(function, *inputs) -> float:
+        start = clock()
+        function(*inputs)
+        return clock() - start
+
     def matmul_peak() -> float:  # FLOP/s of the best of a few products, in the precision of the nets
-        side, times = 8192 if device.type == "cuda" else 2048, []
+        side = 8192 if device.type == "cuda" else 2048
         a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else None)
-        for _ in range(10):
-            start = clock()
-            a @ a
-            times.append(clock() - start)
+        image, kernel = a.view(1, 64, -1, side).permute(0, 3, 1, 2), a.view(side, side, 1, 1)
+        times = [timed(torch.matmul, a, a) for _ in range(10)]
+        times += [timed(F.conv2d, image, kernel) for _ in range(10)]  # the same product by the convolutions' library
         return 2 * side**3 / min(times)
 
     x = torch.rand(args.batch_size, args.channels, args.image_size, args.image_size, device=device) * 2 - 1
-    paths = {"default": False, "stock": True} if args.stock else {"default": False}
-    seconds, flops, peak = {name: [] for name in paths}, {}, matmul_peak()
+    peak = matmul_peak()
     model.train()
-    for name, stock in paths.items():  # warm-up, and the count of operations as executed
-        use(stock)
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         train_step(x)
-        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-            train_step(x)
-        flops[name] = counter.get_total_flops()
-    for _ in tqdm(range(args.benchmark), desc="steps", leave=False):
-        for name, stock in paths.items():
-            use(stock)
-            start = clock()
-            train_step(x)
-            seconds[name].append(clock() - start)
+    for _ in range(3):  # warm-up: memory, autotuning, compilation
+        train_step(x)
+    times = [timed(train_step, x) for _ in tqdm(range(args.benchmark), desc="steps", leave=False)]
     peak = max(peak, matmul_peak())
-    points = args.batch_size * getattr(args, "k", 1)
-    results = {"peak_matmul_tflops": peak / 1e12}
-    print(
-        f"{args.script}.py on {device}, {args.precision}, {torch.get_num_threads()} CPU threads, width {args.width:g}"
-    )
-    print(f"{args.benchmark} steps of {args.batch_size} images {list(x.shape[1:])}, {points} decoded points")
-    for name, times in seconds.items():
-        median, rate = statistics.median(times), flops[name] / statistics.median(times)
-        results[name] = {"ms": median * 1e3, "images_per_s": args.batch_size / median, "tflop": flops[name] / 1e12}
-        print(
-            f"{name:8s} {args.batch_size / median:.1f} images/s, {points / median:.1f} points/s, "
-            f"{median * 1e3:.1f} ms a step ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}), "
-            f"{rate / 1e12:.3f} TFLOP/s: {100 * rate / peak:.0f}% of the matrix product's {peak / 1e12:.3f}"
-        )
-    if args.stock:
-        ratios = [slow / fast for fast, slow in zip(seconds["default"], seconds["stock"], strict=True)]
-        results["ratio"] = statistics.median(ratios)
-        print(f"default is {results['ratio']:.2f} times as fast as stock ({min(ratios):.2f} to {max(ratios):.2f})")
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    results["memory_gib"] = memory / 2**30
-    print(f"peak memory {results['memory_gib']:.2f} GiB")
+    seconds, flop, points = statistics.median(times), counter.get_total_flops(), args.batch_size * getattr(args, "k", 1)
+    results = {
+        "ms": seconds * 1e3,
+        "images_per_s": args.batch_size / seconds,
+        "points_per_s": points / seconds,
+        "tflop": flop / 1e12,
+        "peak_matmul_tflops": peak / 1e12,
+        "memory_gib": memory / 2**30,
+    }
+    print(
+        f"{args.script}.py{' --stock' if args.stock else ''} on {device}, {args.precision}, "
+        f"{torch.get_num_threads()} CPU threads, width {args.width:g}: "
+        f"{args.batch_size} images {list(x.shape[1:])}, {points} decoded points a step, {args.benchmark} steps\n"
+        f"{results['images_per_s']:.2f} images/s, {results['points_per_s']:.1f} points/s, "
+        f"{results['ms']:.1f} ms a step ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f})\n"
+        f"{flop / 1e12:.3f} TFLOP a step at {flop / seconds / 1e12:.3f} TFLOP/s, "
+        f"{100 * flop / seconds / peak:.0f}% of the matrix product's {peak / 1e12:.3f}; "
+        f"peak memory {results['memory_gib']:.2f} GiB"
+    )
     return results | _benchmark_loader(args, device, clock)
 
 

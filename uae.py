@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
         return parts
 
     if args.benchmark:
-        return common.benchmark(train_step, model, optimizer, args, device)
+        return common.benchmark(train_step, model, args, device)
 
     data = common.load_data(args, device)
     features = fid.load_features(args, data, device)
