@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -149,10 +150,10 @@ def gradient_penalty(
 ) -> Tensor:
     """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian at mu (Eq. 12, 16).
 
-    mu [B,n] -> [B]. With this file's `Decoder` it is E‖J u‖², u ~ N(0, I) over latents, by `Decoder.jvp`, on `fold`
-    where there is one. With any other decoder it is E‖Jᵀ v‖² (Hutchinson), v = ±1 over pixels, by double backward,
-    which is slower (README, Speed). Batch norm uses its running statistics and leaves them alone, so J is the Jacobian
-    of a single image's decoding. Works under no_grad too.
+    mu [B,n] -> [B]. With this file's `Decoder` it is E‖J u‖², u ~ N(0, I) over latents, by `Decoder.jvp` (README,
+    Speed). With `stock`, or any other decoder, it is E‖Jᵀ v‖² (Hutchinson), v = ±1 over pixels, by double backward.
+    Batch norm uses its running statistics and leaves them alone, so J is the Jacobian of a single image's decoding.
+    Works under no_grad too.
     """
     create_graph = torch.is_grad_enabled()
     with eval_mode(decoder):
@@ -230,7 +231,7 @@ class Decoder(nn.Module):
     Nothing non-linear stands between the linear layer and the first transposed convolution: together they are one
     affine map z -> z A + a. `fold` multiplies it out, at the cost of n+1 transposed convolutions, and each of the M
     points then costs one small matrix product in place of the largest layer. The function and its gradients are the
-    same up to rounding. `stock = True` switches this off (the reference of the benchmark).
+    same up to rounding. `stock = True` switches this off, and `jvp` in the gradient penalty.
     """
 
     stock = False
@@ -269,7 +270,7 @@ class Decoder(nn.Module):
         return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
 
     def jvp(self, z: Tensor, u: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z in evaluation mode (forward-mode differentiation).
+        """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z (forward-mode differentiation); in evaluation mode only.
 
         torch's own forward mode would convolve every layer's input with a derivative of the weights that is zero, and
         fails in batch norm under autocast.
@@ -301,7 +302,7 @@ def eval_mode(module: nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets: every image is held as uint8 on the training device, batches are cut from there without workers
 
-# Where `--dataset` names no flag, these hold (Appendix A, Table 2). `folder` is any other value of `--dataset`.
+# Defaults of flags that are not given, by data set (Appendix A, Table 2; those of digits and of folders are ours)
 _PAPER = {"channels": 3, "image_size": 32, "width": 1.0, "epochs": 100, "sigma_points": "random", "flip": False}
 DEFAULTS = {
     "digits": _PAPER | {"channels": 1, "latent_dim": 16, "width": 1 / 16, "epochs": 40},
@@ -522,45 +523,26 @@ def decode_images(files: list[Path], size: int, crop: int = 0, cache: Path | Non
     header = cache and cache.with_suffix(".json")
     if cache and cache.is_file():
         try:
-            images = np.load(cache, mmap_mode="r", allow_pickle=False)
+            images = np.load(cache, mmap_mode="c", allow_pickle=False)
             if images.shape == shape and images.dtype == np.uint8 and header.read_text() == key:
-                return _map(images)
+                return torch.from_numpy(images)
         except (OSError, ValueError, EOFError):
             pass  # half-written or not ours: decode anew
 
-    def decode(file: Path) -> Tensor:
-        image = read_image(file)
+    images = np.empty(shape, np.uint8)
+
+    def decode(i: int) -> None:
+        image = read_image(files[i])
         image = image_ops.center_crop(image, [crop or min(image.shape[1:])] * 2)
-        return image_ops.resize(image, [size, size], antialias=True)
+        images[i] = image_ops.resize(image, [size, size], antialias=True)
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="decoding images", disable=rank() > 0) as bar:
-
-        def decoded():
-            for start in range(0, len(files), 1024):
-                for image in pool.map(decode, files[start : start + 1024]):
-                    bar.update()
-                    yield image.numpy()
-
-        if cache is None:
-            images = np.empty(shape, np.uint8)
-            for i, image in enumerate(decoded()):
-                images[i] = image
-            return torch.from_numpy(images)
-
-        def write(file) -> None:  # by ordinary writes: on a full disk a memory-mapped one would end in SIGBUS
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for image in decoded():
-                file.write(image.tobytes())
-
-        write_file(cache, write)
+        for _ in pool.map(decode, range(len(files))):
+            bar.update()
+    if cache:
+        write_file(cache, lambda file: np.save(file, images))
         write_file(header, key)
-    return _map(np.load(cache, mmap_mode="r"))
-
-
-def _map(images: np.ndarray) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "not writable": nothing here writes to a data set
-        return torch.from_numpy(images)
+    return torch.from_numpy(images)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -684,13 +666,14 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         saved = load_json(Path(folder) / "args.json")
         if saved.get("script") != args.script:
             raise UserError(f"{folder} is a run of {saved.get('script')}.py, not of {args.script}.py")
-        changed = [name for name in given if name not in CHANGEABLE and given[name] != saved.get(name)]
+        changeable = CHANGEABLE | ({"precision"} if args.eval_only else set())
+        changed = [name for name in given if name not in changeable and given[name] != saved.get(name)]
         if changed:
             differ = ", ".join(f"--{n.replace('_', '-')} is {saved.get(n)!r}, not {given[n]!r}" for n in changed)
             raise UserError(f"{folder} cannot go on with other arguments: {differ}")
         vars(args).update(saved)
         vars(args).update({name: given.get(name) for name in ("resume", "eval_only")})
-        vars(args).update({name: given[name] for name in given.keys() & CHANGEABLE})
+        vars(args).update({name: given[name] for name in given.keys() & changeable})
         if args.eval_only and "epochs" in given:
             raise UserError(f"--epochs {args.epochs} changes nothing with --eval-only: use --resume {folder}")
     else:
@@ -793,14 +776,14 @@ def start(args: argparse.Namespace) -> torch.device:
     """Join the other ranks under torchrun, set precision and seed, return this rank's device."""
     device = resolve_device(args.device)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cpu" and not args.stock:
+        keep_memory()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if ranks > 1 else device.index or 0)
         torch.cuda.set_device(device)
     if ranks > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # as long as a slow download may take
-    if device.type == "cpu" and not args.stock:
-        keep_memory()
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.manual_seed(args.seed)
@@ -813,7 +796,7 @@ def keep_memory() -> None:
     By default glibc gives every large block back to the system, and each step pays again for clearing its gigabytes of
     activations page by page (README, Speed).
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first large allocation
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it makes its first tensor
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
@@ -823,7 +806,7 @@ def keep_memory() -> None:
 @contextmanager
 def rank_zero_first():
     """Rank 0 goes through the block (downloading, caching) before the others do."""
-    if dist.is_initialized() and rank() > 0:
+    if rank() > 0:
         dist.barrier()
     yield
     if dist.is_initialized() and rank() == 0:
@@ -982,6 +965,7 @@ class Run:
         with tqdm(total=total, desc=description, unit="img", disable=rank() > 0, leave=False) as self.bar:
             for x in epoch_batches(images, args.batch_size, args.seed + self.epoch, args.flip):
                 yield x
+                self.last_batch = x
                 self.images += len(x) * world_size()
                 self.bar.update(len(x) * world_size())
 
@@ -1030,6 +1014,8 @@ class Run:
         row = {"epoch": self.epoch, "lr": self.lr}  # the epoch's own rate
         row |= {f"train_{name}": value for name, value in train.items()}
         row |= {f"val_{name}": value for name, value in validation.items()}
+        if getattr(self.args, "gradient_noise", False):
+            row |= gradient_noise(self.model["encoder"], self.model["decoder"], self.last_batch, self.args.kappa)
         self.history.append(row | {"seconds": time.perf_counter() - self.started, "images_per_s": speed})
         if rank() == 0:
             tqdm.write(
@@ -1100,6 +1086,52 @@ def map_batches(function, inputs: Tensor, description: str, batch_size: int = 51
     return torch.cat(outputs)
 
 
+def gradient_noise(encoder: nn.Module, decoder: nn.Module, x: Tensor, kappa: float = 0.5) -> dict[str, float]:
+    """Fig. 4: noise and bias of the decoder's gradients of ‖x - ½ Σ D(z_k)‖², x [B,C,H,W] (Appendix B, Eq. 21).
+
+    Medians over the decoder's weights j: `pair_cv`, the coefficient of variation σ_j/|m_j| over 50 draws of one random
+    pair of sigma points an image; `samples_cv`, the same over 200 draws of two random samples, whose mean m'_j stands
+    for the true gradient; `gradient_bias`, |m_j - m'_j|/|m'_j|, which holds the sampling error of both means.
+    `image_bias` is that of the mean decoded image, over its pixels. Both nets are in training mode for it, and are left
+    as they were, as is the random stream.
+    """
+    nets = nn.ModuleList([encoder, decoder])
+    states, buffers = random_states(x.device), [buffer.clone() for buffer in nets.buffers()]
+    training = [net.training for net in nets]
+    nets.train()
+    with torch.no_grad():
+        mu, scale = encoder(x)
+
+    def moments(sampler, draws: int, **options) -> tuple[Tensor, Tensor, Tensor]:
+        mean = squares = image = 0.0  # running mean, sum of squared deviations from it (Welford), mean decoded image
+        for i in range(1, draws + 1):
+            decoded = decoder(sampler(mu, scale, 2, **options).flatten(0, 1)).unflatten(0, (-1, 2)).mean(1)
+            gradients = torch.autograd.grad((x - decoded).square().mean(), list(decoder.parameters()))
+            gradient = torch.cat([g.flatten() for g in gradients])
+            difference = gradient - mean
+            mean = mean + difference / i
+            squares = squares + difference * (gradient - mean)
+            image = image + (decoded.detach() - image) / i
+        return mean, (squares / (draws - 1)).sqrt(), image
+
+    def median(a: Tensor, b: Tensor) -> float:
+        return (a.abs() / b.abs()).nanmedian().item()  # 0/0 where a weight has no gradient
+
+    m, deviation, image = moments(sample_sigma_points, 50, heuristic="pairs", kappa=kappa)
+    true_m, true_deviation, true_image = moments(sample_gaussian, 200)
+    for buffer, kept in zip(nets.buffers(), buffers, strict=True):
+        buffer.copy_(kept)
+    for net, mode in zip(nets, training, strict=True):
+        net.train(mode)
+    set_random_states(states)
+    return {
+        "pair_cv": median(deviation, m),
+        "samples_cv": median(true_deviation, true_m),
+        "gradient_bias": median(m - true_m, true_m),
+        "image_bias": median(image - true_image, true_image),
+    }
+
+
 def save_grid(path: Path, images: Tensor, columns: int = 12) -> None:
     """uint8 images [N,C,H,W] as one PNG."""
     from torchvision.utils import save_image
@@ -1108,14 +1140,17 @@ def save_grid(path: Path, images: Tensor, columns: int = 12) -> None:
 
 
 def save_curves(path: Path, history: list[dict]) -> None:
-    """Training and validation curves of every part of the loss, one panel each."""
+    """Curves of metrics.csv: a panel for each part of the loss (`train_loss`, `val_loss`), and for Fig. 4a and 4b."""
     from matplotlib.figure import Figure
 
-    names = [name.removeprefix("train_") for name in history[0] if name.startswith("train_")]
-    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
-    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        for split in ("train", "val"):
-            axes.plot([row["epoch"] for row in history], [row[f"{split}_{name}"] for row in history], label=split)
+    panels = {}
+    for column in history[0]:
+        if column not in ("epoch", "lr", "seconds", "images_per_s"):
+            panels.setdefault(column.split("_", 1)[1], []).append(column)
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    for (name, columns), axes in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        for column in columns:
+            axes.plot([row["epoch"] for row in history], [row[column] for row in history], label=column)
         axes.set(title=name, xlabel="epoch")
         axes.legend()
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
@@ -1144,8 +1179,8 @@ def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: to
     from torch.utils.flop_counter import FlopCounterMode
 
     def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
         return time.perf_counter()
 
     def timed(function, *inputs) -> float:
@@ -1163,17 +1198,19 @@ def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: to
 
     x = torch.rand(args.batch_size, args.channels, args.image_size, args.image_size, device=device) * 2 - 1
     peak = matmul_peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     model.train()
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         train_step(x)
     for _ in range(3):  # warm-up: memory, autotuning, compilation
         train_step(x)
     times = [timed(train_step, x) for _ in tqdm(range(args.benchmark), desc="steps", leave=False)]
-    peak = max(peak, matmul_peak())
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-    else:
+    else:  # of the process
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = max(peak, matmul_peak())
     seconds, flop, points = statistics.median(times), counter.get_total_flops(), args.batch_size * getattr(args, "k", 1)
     results = {
         "ms": seconds * 1e3,
@@ -1227,7 +1264,7 @@ def _benchmark_loader(args: argparse.Namespace, device: torch.device, clock) -> 
         theirs.append(rate(DataLoader(Images(), args.batch_size, shuffle=True, drop_last=True)))
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     a, b = statistics.median(ours), statistics.median(theirs)
-    print(f"loader {a:.0f} images/s; DataLoader with the same output {b:.0f} images/s; ratio {ratio:.0f}")
+    print(f"loader {a:.0f} images/s; DataLoader without workers, same output, {b:.0f} images/s; ratio {ratio:.0f}")
     return {"loader_images_per_s": a, "dataloader_images_per_s": b, "loader_ratio": ratio}
 
 
@@ -1238,7 +1275,7 @@ ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "U
 def results_table(folder: Path) -> str:
     """One Markdown table of all results.json below a folder, a row per model and data set, mean ± standard deviation
     over seeds. Raises UserError if runs of one row differ in anything but the seed."""
-    ignored = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "benchmark"}
+    ignored = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "benchmark", "gradient_noise"}
     rows = {}
     for file in sorted(folder.rglob("results.json")):
         result = load_json(file)
@@ -1258,10 +1295,7 @@ def results_table(folder: Path) -> str:
     lines = ["| Data set | Model | Features | Images | Rec. | Sample | Interp. | Seeds |", "|" + "---|" * 8]
 
     def place(key: tuple) -> tuple:
-        base = key[2].split(" ")[0]
-        stem = (
-            base if base.startswith("RAE") else base.rstrip("†²").replace("-full", "").removesuffix("-GP").rstrip("²")
-        )
+        stem = re.sub("(?<!RAE)-GP|-full|[†²]", "", key[2].split(" ")[0])
         return key[0], key[1], ORDER.index(stem) if stem in ORDER else len(ORDER), key[2]
 
     for key in sorted(rows, key=place):

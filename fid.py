@@ -113,9 +113,6 @@ class InceptionFeatures(nn.Module):
         self.hash = _hash(state.values())
         self.name = f"inception-{self.kind}"
 
-    def train(self, mode: bool = True) -> "InceptionFeatures":
-        return super().train(False)  # always in evaluation mode
-
     @torch.inference_mode()
     def forward(self, images: Tensor | list[Tensor]) -> Tensor:
         device = self.net.Conv2d_1a_3x3.conv.weight.device
@@ -208,12 +205,12 @@ def _hash(tensors) -> str:
 
 def load_features(args: argparse.Namespace, data: common.Dataset, device: torch.device):
     """The features that --fid names, or None for `none`, so that whatever is missing is missed before training."""
-    smallest = min(len(data.val), len(data.test))
-    if args.fid != "none" and (len(data.train) < COMPONENTS or smallest < 2):
-        counts = f"{len(data.train)} training and {smallest} validation or test images"
-        raise UserError(f"{counts} are too few to be evaluated (10 and 2): use --fid none")
     if args.fid == "none":
         return None
+    smallest = min(len(data.val), len(data.test))
+    if len(data.train) < COMPONENTS or smallest < 2:
+        counts = f"{len(data.train)} training and {smallest} validation or test images"
+        raise UserError(f"{counts} are too few to be evaluated (10 and 2): use --fid none")
     if args.fid == "digits":
         if args.dataset != "digits" or args.image_size != 32:
             raise UserError("--fid digits is for --dataset digits at 32x32: use imagenet, tf, none or a path")

@@ -260,6 +260,8 @@ ESTIMATORS = ("folded", "plain", "double backward")
 
 def penalty_of(estimator, decoder, mu):
     decoder.stock = estimator == "double backward"
+    if estimator == "plain":
+        decoder.fold = lambda points: None
     return common.gradient_penalty(decoder, mu, fold=decoder.fold(10_000) if estimator == "folded" else None)
 
 
@@ -312,8 +314,9 @@ def test_jvp_is_the_decoders_derivative(size, spectral):
     weights = torch.linspace(-1, 1, exact.numel()).double().view_as(exact)
     leaves = [z, *(parameter for parameter in decoder.parameters())]
     gradients = torch.autograd.grad((exact.square() * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
-    for fold in (decoder.fold(100), None):
-        ours = decoder.jvp(z, u, fold)
+    for stock in (False, True):  # folded and not
+        decoder.stock = stock
+        ours = decoder.jvp(z, u)
         close(ours, exact, 1e-12)
         for a, b in zip(torch.autograd.grad((ours.square() * weights).sum(), leaves), gradients, strict=True):
             close(a, b, 1e-10)
@@ -585,11 +588,13 @@ def test_losses_run_on_a_cuda_device_without_one(script, full):
     """Shapes and devices only: a tensor made on the wrong device raises."""
     if full and script in (rae, wae_mmd, iwae):
         pytest.skip("no covariance")
-    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        encoder, decoder = nets(full=full, deterministic=script in (rae, wae_mmd))
-        x = common.to_float(torch.zeros(12, 1, 32, 32, dtype=torch.uint8))
-        for heuristic in common.HEURISTICS:
-            settings = Namespace(**ARGS | {"sigma_points": heuristic, "decoder_reg": "gp"})
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            encoder, decoder = nets(full=full, deterministic=script in (rae, wae_mmd))
+            images = torch.zeros(12, 1, 32, 32, dtype=torch.uint8)
+        (x,) = common.epoch_batches(images, 12, 0, flip=True)
+        for heuristic, regularization in zip(common.HEURISTICS, ("none", "gp", "l2"), strict=True):
+            settings = Namespace(**ARGS | {"sigma_points": heuristic, "decoder_reg": regularization})
             parts = script.loss(encoder, decoder, x, settings)
             assert all(part.device.type == "cuda" and part.shape == () for part in parts.values())
 
@@ -834,13 +839,12 @@ def test_epochs_shuffle_cover_and_scale_all_images():
 
 
 def test_half_of_the_images_are_flipped_whole():
-    images = torch.tensor([10, 20], dtype=torch.uint8).expand(2000, 1, 1, 2)
+    images = torch.randint(256, (2000, 3, 2, 4), dtype=torch.uint8)
+    (plain,) = common.epoch_batches(images, 2000, 0)
     (x,) = common.epoch_batches(images, 2000, 0, flip=True)
-    flipped = x[:, 0, 0, 0] > x[:, 0, 0, 1]
-    assert 0.45 < flipped.float().mean() < 0.55
-    assert (x.sum((1, 2, 3)) - x[0].sum()).abs().max() == 0
-    (x,) = common.epoch_batches(images, 2000, 0)
-    assert (x[:, 0, 0, 0] < x[:, 0, 0, 1]).all()
+    kept, mirrored = (x == plain).flatten(1).all(1), (x == plain.flip(-1)).flatten(1).all(1)
+    assert (kept ^ mirrored).all()
+    assert 0.45 < mirrored.float().mean() < 0.55
 
 
 def test_uint8_rounds_and_clamps():
@@ -927,7 +931,7 @@ def test_features_are_recognised_by_their_contents(inception_weights):
         assert features.kind == kind
         outputs[kind] = features(images)
         assert outputs[kind].shape == (2, 2048) and outputs[kind].dtype == torch.float32
-        assert not features.train().net.training  # no dropout, ever
+        assert not features.net.training  # no dropout
         repeated = features(images.repeat(1, 3, 1, 1))
         close(outputs[kind], repeated)
         close(features([images[0], images[1]]), outputs[kind], 1e-4)
@@ -1143,6 +1147,74 @@ def test_a_run_leaves_everything_behind(name, capsys):
     assert "FDD sample" in output and "300 test images" in output
 
 
+class Constant(nn.Module):
+    """An encoder whose posterior is always the same."""
+
+    def __init__(self, mu, sigma):
+        super().__init__()
+        self.posterior = mu, sigma
+
+    def forward(self, x):
+        return self.posterior
+
+
+def test_gradient_noise_of_a_linear_decoder_is_that_by_hand():
+    n, pixels, sigma, copies = 3, 4, 0.5, 900
+    decoder = nn.Sequential(nn.Linear(n, pixels), nn.Unflatten(1, (1, 2, 2))).double()
+    decoder[0].weight.data = torch.linspace(-1, 1, n * pixels).double().view(pixels, n)
+    mu = torch.tensor([[1.0, -2.0, 0.7]]).double()
+    means, x = mu.expand(copies, n), decoder(mu).detach() + torch.tensor([0.3, -0.3, 0.2, -0.2]).view(1, 1, 2, 2)
+    noise = common.gradient_noise(Constant(means, sigma * torch.ones_like(means)), decoder, x.expand(copies, 1, 2, 2))
+    assert noise["pair_cv"] < 1e-9  # μ ± a column: their mean image is D(μ), their mean gradient that at μ
+    # two samples: z̄ ~ N(μ, σ²/2), so E[(x - D(z̄)) z̄ᵀ] = (x - D(μ)) μᵀ - W σ²/2, and for the bias x - D(μ)
+    residual, weight = x.flatten() - decoder(mu).flatten(), decoder[0].weight
+    at_mu = torch.cat([(residual[:, None] * mu).flatten(), residual])
+    true = torch.cat([(residual[:, None] * mu - weight * sigma**2 / 2).flatten(), residual])
+    expected = ((at_mu - true).abs() / true.abs()).median().item()
+    assert expected > 0.05 and abs(noise["gradient_bias"] - expected) < 0.3 * expected
+    z = mu + sigma * torch.randn(20_000, 2, n).double().mean(1)
+    residuals = x.flatten() - decoder(z).flatten(1)
+    gradients = torch.cat([(residuals.unsqueeze(2) * z.unsqueeze(1)).flatten(1), residuals], dim=1)
+    expected = (gradients.std(0) / gradients.mean(0).abs()).median().item() / math.sqrt(copies)
+    assert abs(noise["samples_cv"] - expected) < 0.15 * expected
+
+
+def test_image_bias_of_a_quadratic_decoder_is_that_by_hand():
+    """D(z) = z² at N(0, σ²): a pair on axis i gives (κ+n) σ_i² in pixel i, on average (κ+n)/n σ_i²; true is σ_i²."""
+
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1).double())
+
+        def forward(self, z):
+            return self.gain * z.square().view(-1, 1, 2, 2)
+
+    n, kappa, images = 4, 3.0, 2000
+    sigma = torch.tensor([[1.0, 0.5, 2.0, 1.5]]).double().expand(images, n)
+    x = torch.zeros(images, 1, 2, 2).double()
+    encoder = Constant(torch.zeros_like(sigma), sigma)
+    noise = common.gradient_noise(encoder, Square(), x, kappa)
+    # an image's own error is that of 50 draws of a pair: (κ+n) · Binomial(50, 1/n)/50, against 200 draws of two samples
+    pair = (kappa + n) * torch.distributions.Binomial(50, torch.full((100_000,), 1 / n)).sample() / 50
+    true = torch.distributions.Chi2(torch.tensor(400.0)).sample((100_000,)) / 400
+    expected = ((pair - true).abs() / true).median().item()
+    assert expected > 0.5 and abs(noise["image_bias"] - expected) < 0.05 * expected
+
+
+def test_gradient_noise_is_measured_beside_the_training():
+    arguments = [*TINY[:-4], "--epochs", "2", "--fid", "none", "--k", "2"]
+    ut_vae.main([*arguments, "--out", "plain"])
+    ut_vae.main([*arguments, "--out", "noise", "--gradient-noise"])
+    plain, noise = metrics(only("plain")), metrics(only("noise"))
+    for before, after in zip(plain, noise, strict=True):
+        assert before.items() < after.items()  # the training is the same to the last digit
+        measured = {name: float(after[name]) for name in after.keys() - before.keys()}
+        assert measured.keys() == {"pair_cv", "samples_cv", "gradient_bias", "image_bias"}
+        assert all(0 < value < math.inf for value in measured.values())
+    assert same(weights_of(only("plain")), weights_of(only("noise")))
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     for seed in ("1", "1", "2"):
         uae.main([*TINY, "--epochs", "2", "--seed", seed])
@@ -1221,6 +1293,13 @@ def test_eval_only_gives_the_same_results_and_leaves_the_checkpoints():
     assert (only("runs") / "last.pt").read_bytes() == before
     other = uae.main(["--eval-only", str(only("runs")), "--fid-method", "eigh"])
     assert other["method"] == "eigh" and other["sample"] == pytest.approx(first["sample"], rel=1e-5)
+    saved = json.loads((only("runs") / "args.json").read_text())
+    (only("runs") / "args.json").write_text(json.dumps(saved | {"precision": "tf32"}))  # trained on CUDA
+    with pytest.raises(UserError, match="--precision tf32 does not exist on cpu: use fp32"):
+        uae.main(["--eval-only", str(only("runs"))])
+    assert uae.main(["--eval-only", str(only("runs")), "--precision", "fp32"])["sample"] == first["sample"]
+    with pytest.raises(UserError, match="--precision is 'tf32', not 'fp32'"):
+        uae.main(["--resume", str(only("runs")), "--precision", "fp32"])
 
 
 def test_resume_refuses_other_arguments_other_scripts_and_damaged_files():
@@ -1509,6 +1588,25 @@ def test_a_dying_rank_ends_the_others():
     assert done.returncode != 0 and "this rank dies" in done.stderr
 
 
+@pytest.mark.parametrize("folded", [True, False])
+def test_bf16_decodes_and_differentiates_as_fp32(folded):
+    args = Namespace(stock=False, compile=False, precision="fp32", seed=0)
+    decoder = common.prepare(common.Decoder(6, 3, 32, 0.1).eval(), args, torch.device("cpu"))
+    args.precision = "bf16"
+    half = common.prepare(common.Decoder(6, 3, 32, 0.1).eval(), args, torch.device("cpu"))
+    half.load_state_dict(decoder.state_dict())
+    z, u = torch.randn(2, 5, 6)
+    results = []
+    for net in (decoder, half):
+        fold = net.fold(100) if folded else None
+        count = 5 if folded else 3  # 2·3 points are too few to fold
+        results.append((net(z[:count], fold), net.jvp(z[:count], u[:count], fold)))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        # LeakyReLU's slope jumps where rounding changes a sign
+        assert 1e-5 * a.norm() < (a - b).norm() < 0.2 * a.norm()
+
+
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
 def test_bf16_and_compile_follow_fp32(flags):
     if "--compile" in flags and not shutil.which("g++"):
@@ -1554,18 +1652,23 @@ def test_benchmark_prints_what_it_measured_and_writes_nothing(name, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_kept_but_under_stock():
     probe = """
-import resource, sys, torch, common
+import os, resource, sys, torch, common
 common.start(common.parse_args(common.argument_parser("uae.py", ""), sys.argv[1:]))
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(2**26)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(), print(faults())"""
-    kept, stock = (
-        int(subprocess.run([sys.executable, "-c", probe, *flags], cwd=HERE, check=True, capture_output=True).stdout)
+faults(), print(faults(), "THP_MEM_ALLOC_ENABLE" in os.environ)"""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    (kept, huge), (stock, stock_huge) = (
+        subprocess.run(
+            [sys.executable, "-c", probe, *flags],
+            cwd=HERE, env=environment, check=True, capture_output=True, text=True,
+        ).stdout.split()
         for flags in ([], ["--stock"])
-    )
-    assert kept < 20 and stock > 100  # pages of 4 KiB or 2 MiB of a tensor of 256 MiB
+    )  # fmt: skip
+    assert int(kept) < 20 and int(stock) > 100  # pages of 4 KiB or 2 MiB of a tensor of 256 MiB
+    assert (huge, stock_huge) == ("True", "False")
 
 
 def fake_result(folder, model="UAE 8x largest", seed=0, sample=1.0, data="cifar10", **settings):
@@ -1589,7 +1692,8 @@ def test_results_table_averages_over_seeds_in_the_papers_order(capsys):
         fake_result(Path(f"runs/a{i}"), seed=i, sample=sample)
     for model in ("VAE 8x", "UT-VAE*-GP 2x largest", "RAE-L2", "VAE*-full 2x", "WAE-MMD", "VAE*² 8x"):
         fake_result(Path("runs") / model.replace(" ", "").replace("*", "s"), model=model)
-    fake_result(Path("runs/f"), data="fashion_mnist")
+    fake_result(Path("runs/f"), data="fashion_mnist", gradient_noise=True)  # changes nothing in the training
+    fake_result(Path("runs/g"), data="fashion_mnist", gradient_noise=False, seed=1)
     common.main(["runs"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == [

@@ -32,7 +32,7 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
     """Eq. 8 and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     mu, scale = encoder(x)  # [B,n], [B,n] or L [B,n,n]
     z = sample_sigma_points(mu, scale, args.k, args.sigma_points, args.kappa)  # [B,K,n], Eq. 5
-    fold = decoder.fold((args.k + 1) * len(x))  # the decoder's first two layers as one matrix, for all passes below
+    fold = decoder.fold((args.k + 2 * (args.gamma > 0)) * len(x))  # the decoder's first two layers as one matrix
     images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
     rec = (x - images.mean(1)).square().mean((1, 2, 3))  # Eq. 9
     reg = wasserstein2(mu, scale, squared=args.regularizer == "w2-squared")  # Eq. 19, 20

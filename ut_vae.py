@@ -8,6 +8,7 @@
     python ut_vae.py --dataset cifar10 --k 8 --regularizer w2        # Table 2, UT-VAE*_8x; with --gp: the UAE
     python ut_vae.py --dataset cifar10 --k 2 --per-sample            # Table 3, UT-VAE_2x†
     python ut_vae.py --dataset cifar10 --k 4 --sigma-points pairs    # Table 5, random pairs
+    python ut_vae.py --dataset cifar10 --k 2 --sigma-points pairs --gradient-noise     # Fig. 4
 
 What the paper leaves open: ‖·‖² of images is the mean over pixels; KL has the ½ of footnote 4; W₂ is the metric,
 --regularizer w2-squared its square; κ = 1/2. README.md lists every such decision.
@@ -34,9 +35,7 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     mu, scale = encoder(x)  # [B,n], [B,n] or L [B,n,n]
     z = sample_sigma_points(mu, scale, args.k, args.sigma_points, args.kappa)  # [B,K,n], Eq. 5
-    fold = decoder.fold(
-        (args.k + args.gp) * len(x)
-    )  # the decoder's first two layers as one matrix, for all passes below
+    fold = decoder.fold((args.k + 2 * args.gp) * len(x))  # the decoder's first two layers as one matrix, see Decoder
     images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
     if args.per_sample:
         rec = (x.unsqueeze(1) - images).square().mean((1, 2, 3, 4))  # Table 3, †
@@ -64,6 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
     add("--regularizer", choices=("kl", "w2", "w2-squared"), default="kl", help="KL, or for the starred models W2")
     add("--gp", action="store_true", help="add the decoder regularisation of Eq. 12 (the -GP models)")
     add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of the decoder regularisation")
+    add("--gradient-noise", action="store_true", help="Fig. 4 after every epoch: 250 more passes of a batch")
     args = common.parse_args(parser, argv)
     if args.gamma != parser.get_default("gamma") and not args.gp:
         raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --gp")

@@ -34,9 +34,7 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     mu, scale = encoder(x)  # [B,n], [B,n] or L [B,n,n]
     z = sample_gaussian(mu, scale, args.k)  # [B,K,n], Eq. 4
-    fold = decoder.fold(
-        (args.k + args.gp) * len(x)
-    )  # the decoder's first two layers as one matrix, for all passes below
+    fold = decoder.fold((args.k + 2 * args.gp) * len(x))  # the decoder's first two layers as one matrix, see Decoder
     images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
     if args.mean_image:
         rec = (x - images.mean(1)).square().mean((1, 2, 3))  # Table 3, †
