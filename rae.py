@@ -27,11 +27,13 @@ def weight_norm(decoder: nn.Module) -> Tensor:
 def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Tensor]:
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     z = encoder(x)  # [B,n]
-    rec = (x - decoder(z)).square().mean((1, 2, 3))  # [B]
+    gp = args.decoder_reg == "gp"
+    fold = decoder.fold((1 + 2 * gp) * len(x))  # the decoder's first two layers as one matrix
+    rec = (x - decoder(z, fold)).square().mean((1, 2, 3))  # [B]
     reg = z.square().sum(1)  # ‖z‖² [B]
     parts = {"loss": rec + args.beta * reg, "rec": rec, "reg": reg}
     if args.decoder_reg in ("gp", "l2"):
-        parts[args.decoder_reg] = gradient_penalty(decoder, z) if args.decoder_reg == "gp" else weight_norm(decoder)
+        parts[args.decoder_reg] = gradient_penalty(decoder, z, fold=fold) if gp else weight_norm(decoder)
         parts["loss"] = parts["loss"] + args.gamma * parts[args.decoder_reg]  # Eq. 16
     return {name: part.mean() for name, part in parts.items()}
 
