@@ -1049,6 +1049,8 @@ class Run:
             if improved:
                 write_file(self.dir / "best.pt", lambda file: torch.save(state, file))
             write_file(self.dir / "last.pt", lambda file: torch.save(state, file))
+        if dist.is_initialized():
+            dist.barrier()  # every rank reads best.pt next
 
 
 def csv_text(rows: list[dict]) -> str:

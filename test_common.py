@@ -1514,6 +1514,29 @@ def test_two_processes_train_and_evaluate_every_script():
         assert results["args"]["world_size"] == 2 and math.isfinite(results["sample"])
 
 
+def test_two_processes_evaluate_the_one_checkpoint_that_one_process_evaluates():
+    """The files are made slow to write, so that a rank that does not wait for them reads another epoch's or none."""
+    Path("slow.py").write_text(
+        "import json, os, sys, time\n"
+        "sync = os.fsync\n"
+        "os.fsync = lambda file: time.sleep(0.3) or sync(file)\n"
+        "import common, uae\n"
+        "results = uae.main(sys.argv[1:])\n"
+        "with open(f'rank{common.rank()}-{results[\"args\"][\"epochs\"]}.json', 'w') as file:\n"
+        "    json.dump(results, file)\n"
+    )
+    for epochs in ("0", "3"):
+        arguments = [*TINY, "--lr", "0.001", "--fid", "digits", "--epochs", epochs]  # each epoch is the best so far
+        done = torchrun("slow.py", *arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+        zero, one = (json.loads(Path(f"rank{rank}-{epochs}.json").read_text()) for rank in (0, 1))
+        assert zero["best_epoch"] == one["best_epoch"] == int(epochs)
+        alone = uae.main(["--eval-only", str(only("runs"))])
+        for key in ("best_epoch", "validation_mse", "reconstruction", "sample", "interpolation"):
+            assert zero[key] == pytest.approx(alone[key], rel=1e-6), key
+        shutil.rmtree("runs")
+
+
 def test_two_processes_resume_exactly_and_one_may_not():
     for epochs, out in (("2", "whole"), ("1", "short")):
         assert torchrun(HERE / "uae.py", *TINY, "--epochs", epochs, "--out", out).returncode == 0
