@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -185,8 +185,15 @@ def channels_at(width: float, *channels: int) -> list[int]:
     return [max(1, round(width * c)) for c in channels]
 
 
+def precision(net: nn.Module, x: Tensor):
+    """A context with autocast to bfloat16 on x's device if the net's flag `bf16` is set; else nothing changes."""
+    return torch.autocast(x.device.type, torch.bfloat16) if net.bf16 else nullcontext()
+
+
 class Encoder(nn.Module):
     """x [B,C,H,W] in [-1,1] -> features [B, self.features]: six 3×3 stride-2 convolutions (Table 4)."""
+
+    bf16 = False  # run the convolutions in bfloat16, by autocast
 
     def __init__(self, channels: int, image_size: int, width: float = 1.0) -> None:
         super().__init__()
@@ -199,7 +206,8 @@ class Encoder(nn.Module):
         self.features = hidden[-1] * math.ceil(image_size / 64) ** 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).flatten(1).to(x.dtype)  # under autocast the heads and losses stay in float32
+        with precision(self, x):
+            return self.layers(x).flatten(1).to(x.dtype)  # the heads and losses stay in float32
 
 
 class GaussianHead(nn.Module):
@@ -234,6 +242,7 @@ class Decoder(nn.Module):
     same up to rounding. `stock = True` switches this off, and `jvp` in the gradient penalty.
     """
 
+    bf16 = False
     stock = False
 
     def __init__(self, latent_dim: int, channels: int, image_size: int, width: float = 1.0) -> None:
@@ -253,7 +262,8 @@ class Decoder(nn.Module):
         if self.stock or points <= self.linear.in_features + 1:
             return None
         columns = torch.cat([self.linear.weight.T, self.linear.bias.unsqueeze(0)])  # [n+1, 1024·8·8]
-        columns = self.first(columns.unflatten(1, (-1, 8, 8)))  # [n+1, 512, 16, 16]
+        with precision(self, columns):
+            columns = self.first(columns.unflatten(1, (-1, 8, 8)))  # [n+1, 512, 16, 16]
         columns = columns.permute(0, 2, 3, 1).flatten(1)  # [n+1, 16·16·512]: channels last
         return columns[:-1], columns[-1]
 
@@ -266,8 +276,9 @@ class Decoder(nn.Module):
         return h.unflatten(1, (16, 16, -1)).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        fold = self.fold(len(z)) if fold is None else fold
-        return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
+        with precision(self, z):
+            fold = self.fold(len(z)) if fold is None else fold
+            return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
 
     def jvp(self, z: Tensor, u: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z (forward-mode differentiation); in evaluation mode only.
@@ -275,17 +286,18 @@ class Decoder(nn.Module):
         torch's own forward mode would convolve every layer's input with a derivative of the weights that is zero, and
         fails in batch norm under autocast.
         """
-        fold = self.fold(2 * len(z)) if fold is None else fold
-        h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
-        for layer in self.rest:
-            h = layer(h)
-            if isinstance(layer, nn.BatchNorm2d):
-                t = t * (layer.weight * (layer.running_var + layer.eps).rsqrt()).to(t.dtype)[:, None, None]
-            elif isinstance(layer, nn.LeakyReLU):
-                t = torch.where(h > 0, t, layer.negative_slope * t)
-            else:
-                t = F.conv_transpose2d(t, layer.weight, stride=layer.stride, padding=layer.padding)
-        return (1 - torch.tanh(h.to(z.dtype)).square()) * t.to(z.dtype)
+        with precision(self, z):
+            fold = self.fold(2 * len(z)) if fold is None else fold
+            h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
+            for layer in self.rest:
+                h = layer(h)
+                if isinstance(layer, nn.BatchNorm2d):
+                    t = t * (layer.weight * (layer.running_var + layer.eps).rsqrt()).to(t.dtype)[:, None, None]
+                elif isinstance(layer, nn.LeakyReLU):
+                    t = torch.where(h > 0, t, layer.negative_slope * t)
+                else:
+                    t = F.conv_transpose2d(t, layer.weight, stride=layer.stride, padding=layer.padding)
+            return (1 - torch.tanh(h.to(z.dtype)).square()) * t.to(z.dtype)
 
 
 @contextmanager
@@ -856,9 +868,7 @@ def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) ->
         if isinstance(net, Decoder):
             net.stock = args.stock
         if isinstance(net, Encoder | Decoder):
-            if args.precision == "bf16":  # the nets only: heads, posterior terms and losses stay in float32
-                for name in {"forward", "fold", "jvp"} & set(dir(net)):
-                    setattr(net, name, torch.autocast(device.type, torch.bfloat16)(getattr(net, name)))
+            net.bf16 = args.precision == "bf16"  # the nets only: heads, posterior terms and losses stay in float32
             if args.compile:
                 net.compile()
     torch.manual_seed(args.seed + 1_000_003 * rank())  # from here on each rank has its own noise

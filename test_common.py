@@ -4,6 +4,7 @@ python -m pytest              # everything, on the CPU
 python -m pytest -k sigma     # some of it
 """
 
+import copy
 import csv
 import gzip
 import itertools
@@ -1628,6 +1629,27 @@ def test_bf16_decodes_and_differentiates_as_fp32(folded):
         assert a.dtype == b.dtype == torch.float32
         # LeakyReLU's slope jumps where rounding changes a sign
         assert 1e-5 * a.norm() < (a - b).norm() < 0.2 * a.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_copied_net_has_its_own_weights(precision):
+    args = Namespace(stock=False, compile=False, precision=precision, seed=0)
+    model = nn.ModuleDict({"encoder": common.Encoder(3, 32, 0.02), "decoder": common.Decoder(6, 3, 32, 0.02)})
+    model = common.prepare(model.eval(), args, torch.device("cpu"))
+    x, z, u = torch.randn(2, 3, 32, 32), *torch.randn(2, 2, 6)
+
+    def outputs(model):
+        encoder, decoder = model["encoder"], model["decoder"]
+        return encoder(x), decoder(z), decoder.fold(100)[0], decoder.jvp(z, u)
+
+    copies = {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+    copies["averaged"] = torch.optim.swa_utils.AveragedModel(model).module
+    for copied in copies.values():
+        assert all(torch.equal(a, b) for a, b in zip(outputs(copied), outputs(model), strict=True))
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(2)
+        assert not any(torch.equal(a, b) for a, b in zip(outputs(copied), outputs(model), strict=True))
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
