@@ -700,7 +700,8 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         args.name = "-".join([args.script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
     device = resolve_device(args.device)
     if args.precision is None:
-        args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if native else "fp32"
     if args.precision == "tf32" and device.type != "cuda" or args.precision == "bf16" and device.type == "mps":
         raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
     args.world_size = saved.get("world_size") if args.eval_only else int(os.environ.get("WORLD_SIZE", 1))

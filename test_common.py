@@ -1652,6 +1652,16 @@ def test_a_copied_net_has_its_own_weights(precision):
         assert not any(torch.equal(a, b) for a, b in zip(outputs(copied), outputs(model), strict=True))
 
 
+def test_bf16_is_the_default_only_where_it_is_no_emulation(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for native, expected in ((True, "bf16"), (False, "fp32")):  # a T4 or V100 emulates it
+        supported = lambda including_emulation=True, native=native: native or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        parser = common.argument_parser("uae.py", "")
+        assert common.parse_args(parser, ["--device", "cuda"]).precision == expected
+
+
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
 def test_bf16_and_compile_follow_fp32(flags):
     if "--compile" in flags and not shutil.which("g++"):
