@@ -807,6 +807,16 @@ def test_a_broken_image_is_named(which, tmp_path):
         common.load_dataset(str(tmp_path / "pictures"))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_large_photographs_are_read_and_only_bombs_refused(monkeypatch):
+    for name, side in (("large", 40), ("bomb", 50)):
+        save(Path(f"pictures/{name}.png"), noise_image(side, side))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL warns above it, and refuses what is twice as large
+    assert common.read_image(Path("pictures/large.png")).shape == (3, 40, 40)
+    with pytest.raises(UserError, match=r"bomb\.png.*2500 pixels"):
+        common.read_image(Path("pictures/bomb.png"))
+
+
 def test_folders_that_cannot_be_a_data_set():
     Path("empty").mkdir()
     with pytest.raises(UserError, match=r"empty.* has no images"):
