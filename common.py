@@ -701,6 +701,8 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         args.precision = "bf16" if native else "fp32"
     if args.precision == "tf32" and device.type != "cuda" or args.precision == "bf16" and device.type == "mps":
         raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
+    if device.type == "mps" and "WORLD_SIZE" in os.environ:
+        raise UserError("torchrun has no backend for MPS: add --device cpu, or start one process without torchrun")
     args.world_size = saved.get("world_size") if args.eval_only else int(os.environ.get("WORLD_SIZE", 1))
     if args.resume and args.world_size != saved.get("world_size"):
         raise UserError(f"{folder} ran on {saved.get('world_size')} ranks and cannot go on with {args.world_size}")

@@ -1672,6 +1672,15 @@ def test_bf16_is_the_default_only_where_it_is_no_emulation(monkeypatch):
         assert common.parse_args(parser, ["--device", "cuda"]).precision == expected
 
 
+def test_torchrun_on_mps_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="MPS.*--device cpu"):
+        uae.main([])
+    assert common.parse_args(common.argument_parser("uae.py", ""), ["--device", "cpu"]).world_size == 2
+
+
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
 def test_bf16_and_compile_follow_fp32(flags):
     if "--compile" in flags and not shutil.which("g++"):
