@@ -184,6 +184,12 @@ def channels_at(width: float, *channels: int) -> list[int]:
     return [max(1, round(width * c)) for c in channels]
 
 
+def check_image_size(image_size: int) -> None:
+    """Raise ValueError unless the nets of Table 4 have a version for this size."""
+    if image_size not in (32, 64):
+        raise UserError(f"image_size = {image_size}: these nets are made for images of 32x32 and 64x64 pixels")
+
+
 def precision(net: nn.Module, x: Tensor):
     """A context with autocast to bfloat16 on x's device if the net's flag `bf16` is set; else nothing changes."""
     return torch.autocast(x.device.type, torch.bfloat16) if net.bf16 else nullcontext()
@@ -196,6 +202,7 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: int, image_size: int, width: float = 1.0) -> None:
         super().__init__()
+        check_image_size(image_size)
         hidden = channels_at(width, 32, 64, 128, 256, 512, 1024)
         layers = []
         for c_in, c_out in zip([channels, *hidden], hidden, strict=False):
@@ -246,6 +253,7 @@ class Decoder(nn.Module):
 
     def __init__(self, latent_dim: int, channels: int, image_size: int, width: float = 1.0) -> None:
         super().__init__()
+        check_image_size(image_size)
         stages = 2 if image_size == 32 else 3
         hidden = channels_at(width, 1024, 512, 256, 128)[: stages + 1]
         self.linear = nn.Linear(latent_dim, hidden[0] * 8 * 8)

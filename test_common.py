@@ -362,6 +362,13 @@ def test_nets_are_those_of_table_4(channels, size, n, encoder_parameters, decode
     assert images.abs().max() <= 1  # tanh, in float32
 
 
+@pytest.mark.parametrize("size", [28, 48, 128])
+def test_nets_refuse_other_image_sizes(size):
+    for make in (lambda: common.Encoder(3, size, 0.01), lambda: common.Decoder(6, 3, size, 0.01)):
+        with pytest.raises(ValueError, match=f"{size}.*32x32 and 64x64"):
+            make()
+
+
 def test_width_multiplies_the_hidden_channels():
     assert common.channels_at(0.0625, 32, 1024) == [2, 64]
     assert common.channels_at(1e-6, 32) == [1]
