@@ -806,7 +806,7 @@ def start(args: argparse.Namespace) -> torch.device:
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # as long as a slow download may take
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.manual_seed(args.seed)
+    torch.manual_seed(stream_seed(args.seed, "weights"))
     return device
 
 
@@ -821,6 +821,14 @@ def keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never given back
+
+
+STREAMS = ("weights", "noise", "shuffle", "validation", "mixture", "pairs")
+
+
+def stream_seed(seed: int, purpose: str, rank: int = 0, epoch: int = 0) -> int:
+    """The seed of a run's random stream for one of STREAMS: other arguments give an independent stream."""
+    return int(np.random.SeedSequence([seed, STREAMS.index(purpose), rank, epoch]).generate_state(1)[0])
 
 
 @contextmanager
@@ -879,7 +887,7 @@ def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) ->
             net.bf16 = args.precision == "bf16"  # the nets only: heads, posterior terms and losses stay in float32
             if args.compile:
                 net.compile()
-    torch.manual_seed(args.seed + 1_000_003 * rank())  # from here on each rank has its own noise
+    torch.manual_seed(stream_seed(args.seed, "noise", rank()))  # from here on each rank has its own
     return model
 
 
@@ -904,11 +912,11 @@ def set_random_states(states: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def validating(model: nn.Module, device: torch.device):
+def validating(model: nn.Module, device: torch.device, seed: int):
     """Evaluation mode, no gradients, and the same noise every time, without touching the training's random stream."""
     average_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])  # batch norm's statistics
     states = random_states(device)
-    torch.manual_seed(0)
+    torch.manual_seed(stream_seed(seed, "validation", rank()))
     with eval_mode(model), torch.no_grad():
         yield
     set_random_states(states)
@@ -981,7 +989,8 @@ class Run:
         self.flushed, self.lr = self.started, self.optimizer.param_groups[0]["lr"]
         description, total = f"epoch {self.epoch + 1}/{args.epochs}", len(images)
         with tqdm(total=total, desc=description, unit="img", disable=rank() > 0, leave=False) as self.bar:
-            for x in epoch_batches(images, args.batch_size, args.seed + self.epoch, args.flip):
+            shuffle = stream_seed(args.seed, "shuffle", epoch=self.epoch)  # the same on all ranks
+            for x in epoch_batches(images, args.batch_size, shuffle, args.flip):
                 yield x
                 self.last_batch = x
                 self.images += len(x) * world_size()

@@ -279,7 +279,7 @@ def evaluate(
     Interpolation: decoded mid-points (slerp) of random pairs of validation means. Writes results.json and the
     pictures, prints the table, returns the results. No image passes through the disk.
     """
-    args, seed, count = run.args, run.args.seed, len(data.test)
+    args, count = run.args, len(data.test)
     checkpoint = run.load_best()
     run.model.eval()
 
@@ -292,10 +292,11 @@ def evaluate(
 
     train = common.map_batches(encode, data.train, "means of the training images")
     val = common.map_batches(encode, data.val, "means of the validation images")
-    pairs = torch.randint(len(val), (2, count), generator=torch.Generator().manual_seed(seed))
+    mixture_seed, pairs_seed = (common.stream_seed(args.seed, purpose) for purpose in ("mixture", "pairs"))
+    pairs = torch.randint(len(val), (2, count), generator=torch.Generator().manual_seed(pairs_seed))
     codes = {
         "reconstruction": val,
-        "sample": common.from_rank_zero(lambda: mixture_samples(train, count, seed)),
+        "sample": common.from_rank_zero(lambda: mixture_samples(train, count, mixture_seed)),
         "interpolation": common.slerp(val[pairs[0]], val[pairs[1]]),
     }
     images = {name: common.map_batches(decode, z, f"decoding: {name}") for name, z in codes.items()}

@@ -1241,6 +1241,25 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     assert same(weights_of(a), weights_of(b))
 
 
+def test_random_streams_are_independent_of_each_other(monkeypatch):
+    shuffles, batches = {}, common.epoch_batches
+    for seed in (0, 1, 2):
+        used = shuffles[seed] = []
+        spy = lambda images, size, shuffle, flip, used=used: used.append(shuffle) or batches(images, size, shuffle)  # noqa: E731
+        monkeypatch.setattr(common, "epoch_batches", spy)
+        uae.main([*TINY, "--epochs", "3", "--seed", str(seed)])
+    assert len({shuffle for used in shuffles.values() for shuffle in used}) == 9  # none is another's of a later epoch
+    args = common.parse_args(common.argument_parser("uae.py", ""), [])
+    device, start = common.start(args), torch.get_rng_state()
+    model = common.prepare(nn.ModuleDict(), args, device)
+    assert not torch.equal(torch.get_rng_state(), start)  # the noise does not replay the weights
+    noise = torch.rand(9)
+    with common.validating(model, device, args.seed):
+        assert not torch.equal(torch.rand(9), noise)
+    purposes = itertools.product((0, 1), common.STREAMS, (0, 1), (0, 1))
+    assert len({common.stream_seed(*which) for which in purposes}) == 2 * 2 * 2 * len(common.STREAMS)
+
+
 def test_training_lowers_the_loss_and_the_best_checkpoint_is_evaluated():
     results = uae.main([*TINY, "--epochs", "12", "--lr", "0.02"])
     rows = metrics(only("runs"))

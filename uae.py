@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
         for x in run.batches(data.train):
             run.log(train_step(x), len(x))
         train = run.means()
-        with common.validating(model, device):
+        with common.validating(model, device, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
