@@ -402,6 +402,9 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
         raise UserError(f"--batch-size {args.batch_size}{ranks}: there are only {len(data.train)} training images")
     if len(data.val) < world_size():
         raise UserError(f"{len(data.val)} validation images are too few for {world_size()} ranks")
+    if rank() == 0:
+        counts = f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images"
+        print(f"{data.name}: {counts}, {data.preprocessing}")
     return data
 
 
@@ -471,15 +474,29 @@ def _celeba(data_dir: Path) -> tuple[list[Tensor], str]:
     return list(images.split([len(split) for split in splits])), "centre crop 148, resized to 64 bilinear antialiased"
 
 
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folder: split
+
+
 def _folder(root: Path, size: int) -> tuple[list[Tensor], str]:
-    names = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    if names and "train" not in names or "val" in names and "test" not in names:
-        raise UserError(
-            f"{root}/ has {' and '.join(f'{name}/' for name in names)}: give train/ val/ test/, train/ test/, or none"
-        )
-    names = names if "train" in names and "test" in names else {"train": root}
-    files = {name: image_files(folder) for name, folder in names.items()}
-    images = {name: decode_images(split, size) for name, split in files.items()}
+    files = image_files(root)
+    folders = sorted(child.name for child in root.iterdir() if child.is_dir())
+    given = {folder: SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS}
+    splits = {split: [] for split in given.values()}
+    if not given:
+        splits["train"] = files
+    elif sorted(splits) not in (["train"], ["test", "train"], ["test", "train", "val"]) or len(splits) < len(given):
+        found = " and ".join(f"{folder}/" for folder in given)
+        raise UserError(f"{root}/ has {found}: give train/ val/ test/, train/ test/, train/, or none of these")
+    for file in files if given else ():
+        folder = file.relative_to(root).parts[0]
+        if folder not in given:
+            where = f"{file} lies" if file.parent == root else f"the images in {root / folder}/ lie"
+            raise UserError(f"{where} beside {'/, '.join(given)}/ and would not be used: move them")
+        splits[given[folder]].append(file)
+    for folder, split in given.items():
+        if not splits[split]:
+            raise UserError(f"{root / folder}/ has no images")
+    images = {split: decode_images(files, size) for split, files in splits.items()}
     shuffle = torch.randperm(len(images["train"]), generator=torch.Generator().manual_seed(0))
     if "val" not in images:  # a fixed split, the same on every machine, for files of the same names
         train = images["train"][shuffle]

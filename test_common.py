@@ -783,18 +783,53 @@ def test_a_folder_of_images_of_any_size_and_mode():
 
 
 @pytest.mark.parametrize(
-    ("splits", "counts"), [("train val test", [20, 20, 20]), ("train test", [16, 4, 20]), ("", [16, 2, 2])]
-)
+    ("splits", "counts"),
+    [
+        ("train val test", [20, 20, 20]), ("train valid test", [20, 20, 20]), ("Train Validation Test", [20, 20, 20]),
+        ("train test", [16, 4, 20]), ("train", [16, 2, 2]), ("", [16, 2, 2]),
+    ],
+)  # fmt: skip
 def test_folders_with_and_without_splits(splits, counts):
     for split in splits.split() or ["."]:
         for i in range(20):
-            save(Path("pictures", split, f"class{i % 2}", f"{i}.png"), np.full((8, 8, 3), i, np.uint8))
+            shade = i + 20 * ("val" in split.lower())
+            save(Path("pictures", split, f"class{i % 2}", f"{i}.png"), np.full((8, 8, 3), shade, np.uint8))
     data = common.load_dataset("pictures", image_size=32)
     parts = [data.train, data.val, data.test]
     assert [len(part) for part in parts] == counts
-    assert len(torch.cat(parts)[:, 0, 0, 0].unique()) == 20
-    if splits != "train val test":
+    if "val" in splits.lower():
+        assert data.val[:, 0, 0, 0].min() == 20 and data.train[:, 0, 0, 0].max() == data.test[:, 0, 0, 0].max() == 19
+    else:
+        assert len(torch.cat(parts)[:, 0, 0, 0].unique()) == 20
         assert not set(data.train[:, 0, 0, 0].tolist()) & set(data.val[:, 0, 0, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ("train test dev", r"pictures/dev/ lie beside test/, train/"), ("train extra/deep", "pictures/extra/ lie"),
+        ("train test .", r"pictures/0\.png lies beside"), ("train val valid test", "has test/ and train/ and val/ and v"),
+        ("train val", "give train/ val/ test/"), ("val test", "give train/ val/ test/"), ("test", "has test/: give"),
+    ],
+)  # fmt: skip
+def test_folders_beside_the_splits_are_neither_pooled_nor_left_out(folders, message):
+    for folder in folders.split():
+        for i in range(20):
+            save(Path("pictures", folder, f"{i}.png"), np.full((8, 8, 3), i, np.uint8))
+    with pytest.raises(UserError, match=message):
+        common.load_dataset("pictures")
+    Path("hollow/val").mkdir(parents=True)
+    for split in ("train", "test"):
+        save(Path("hollow", split, "1.png"), noise_image())
+    with pytest.raises(UserError, match="hollow/val/ has no images"):
+        common.load_dataset("hollow")
+
+
+def test_the_counts_are_printed_before_training(capsys, monkeypatch):
+    monkeypatch.setattr(common, "Run", None)  # what comes next
+    with pytest.raises(TypeError):
+        uae.main([*TINY])
+    assert "digits: 96 training, 300 validation and 300 test images" in capsys.readouterr().out
 
 
 def broken_files(folder):
