@@ -291,8 +291,14 @@ class Decoder(nn.Module):
         """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z (forward-mode differentiation); in evaluation mode only.
 
         torch's own forward mode would convolve every layer's input with a derivative of the weights that is zero, and
-        fails in batch norm under autocast.
+        fails in batch norm under autocast. It serves a subclass with a `forward` of its own or with other layers.
+        Raises ValueError in training mode.
         """
+        if self.training:
+            raise ValueError("Decoder.jvp is the derivative in evaluation mode: call decoder.eval() first")
+        known = nn.BatchNorm2d | nn.LeakyReLU | nn.ConvTranspose2d
+        if type(self).forward is not Decoder.forward or not all(isinstance(layer, known) for layer in self.rest):
+            return torch.func.jvp(self, (z,), (u,))[1]
         with precision(self, z):
             fold = self.fold(2 * len(z)) if fold is None else fold
             h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
@@ -303,7 +309,8 @@ class Decoder(nn.Module):
                 elif isinstance(layer, nn.LeakyReLU):
                     t = torch.where(h > 0, t, layer.negative_slope * t)
                 else:
-                    t = F.conv_transpose2d(t, layer.weight, stride=layer.stride, padding=layer.padding)
+                    sizes = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+                    t = F.conv_transpose2d(t, layer.weight, None, *sizes)
             return (1 - torch.tanh(h.to(z.dtype)).square()) * t.to(z.dtype)
 
 

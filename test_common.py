@@ -323,6 +323,30 @@ def test_jvp_is_the_decoders_derivative(size, spectral):
             close(a, b, 1e-10)
 
 
+class Sigmoid(common.Decoder):
+    def forward(self, z, fold=None):
+        return torch.sigmoid(self.rest(self.affine(z, fold)))
+
+
+@pytest.mark.parametrize("change", ["convolution", "options", "output"])
+def test_jvp_of_a_changed_decoder_is_its_derivative(change):
+    decoder = small_decoder(channels=3, width=0.01)
+    if change == "convolution":
+        decoder.rest[2] = nn.Conv2d(5, 3, 3, padding=1).double()
+    elif change == "options":
+        decoder.rest[2] = nn.ConvTranspose2d(5, 3, 5, stride=2, padding=4, dilation=2, output_padding=1).double()
+    else:
+        decoder.__class__ = Sigmoid
+    z, u = torch.randn(2, 4, 3).double()
+    with pytest.raises(ValueError, match="eval"):
+        decoder.train().jvp(z, u)
+    decoder.eval()
+    close(decoder.jvp(z, u), torch.autograd.functional.jvp(decoder, z, u)[1], 1e-9)
+    exact = torch.stack([torch.autograd.functional.jacobian(decoder, m[None]).square().sum() for m in z])
+    draws = torch.stack([common.gradient_penalty(decoder, z).detach() for _ in range(1000)])
+    assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / math.sqrt(1000)).all()
+
+
 def test_slerp_ends_and_norm():
     a, b = (nn.functional.normalize(torch.randn(6, 5).double(), dim=-1) for _ in range(2))
     close(common.slerp(a, b, 0.0), a)
@@ -808,7 +832,7 @@ def test_folders_with_and_without_splits(splits, counts):
     ("folders", "message"),
     [
         ("train test dev", r"pictures/dev/ lie beside test/, train/"), ("train extra/deep", "pictures/extra/ lie"),
-        ("train test .", r"pictures/0\.png lies beside"), ("train val valid test", "has test/ and train/ and val/ and v"),
+        ("train test .", r"pictures/0\.png lies beside"), ("train val valid test", "train/ and val/ and valid/"),
         ("train val", "give train/ val/ test/"), ("val test", "give train/ val/ test/"), ("test", "has test/: give"),
     ],
 )  # fmt: skip
@@ -1737,7 +1761,7 @@ def test_torchrun_on_mps_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="MPS.*--device cpu"):
+    with pytest.raises(UserError, match=r"MPS.*--device cpu"):
         uae.main([])
     assert common.parse_args(common.argument_parser("uae.py", ""), ["--device", "cpu"]).world_size == 2
 
