@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -409,9 +410,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
         raise UserError(f"--batch-size {args.batch_size}{ranks}: there are only {len(data.train)} training images")
     if len(data.val) < world_size():
         raise UserError(f"{len(data.val)} validation images are too few for {world_size()} ranks")
-    if rank() == 0:
-        counts = f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images"
-        print(f"{data.name}: {counts}, {data.preprocessing}")
     return data
 
 
@@ -754,8 +752,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send before they kill."""
+
+
 def cli(main) -> None:
-    """Run a script's main: a user's mistake is one line and exit code 2, Ctrl-C tells how to go on (130)."""
+    """Run a script's main: a user's mistake is one line and exit code 2; Ctrl-C (130) and SIGTERM (143) tell how to go
+    on."""
+
+    def terminate(_signal, _frame) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
         if dist.is_initialized():
@@ -764,12 +772,12 @@ def cli(main) -> None:
         who = f"{Path(sys.argv[0]).name}{f' (rank {rank()})' if rank() else ''}"
         print(f"{who}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         run = Run.current
         if run and rank() == 0:
             print(f"\nstopped; the last checkpoint is {run.dir / 'last.pt'}", file=sys.stderr)
-            print(f"go on with: python {run.args.script}.py --resume {run.dir}", file=sys.stderr)
-        sys.exit(130)
+            print(f"go on with: {run.resume_command()}", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
 def load_json(path: Path) -> dict:
@@ -957,7 +965,7 @@ class Run:
 
     current = None  # the run that Ctrl-C stops
 
-    def __init__(self, args, model, optimizer, scheduler, device) -> None:
+    def __init__(self, args, model, optimizer, scheduler, data: Dataset, device) -> None:
         self.args, self.model, self.optimizer, self.scheduler, self.device = args, model, optimizer, scheduler, device
         self.epoch, self.best, self.history = 0, math.inf, []  # epochs done, best validation loss, rows of metrics.csv
         self.bar, self.names, self.pending, self.logged = None, [], [], []
@@ -972,6 +980,17 @@ class Run:
         Run.current = self
         if self.epoch == 0 and not args.eval_only:
             self.save()  # from here on there is always a checkpoint to resume from
+        if rank() == 0:
+            counts = f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images"
+            ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
+            print(f"{data.name}: {counts}, {data.preprocessing}")
+            print(f"{args.script}.py on {device}{ranks}, {args.precision}, in {self.dir}/")
+            if not args.eval_only:
+                print(f"stopped, it goes on by: {self.resume_command()}", flush=True)
+
+    def resume_command(self) -> str:
+        launcher = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+        return f"{launcher} {self.args.script}.py --resume {self.dir}"
 
     def _new_folder(self) -> str:
         for copy in range(1, 1000):

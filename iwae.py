@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     data = common.load_data(args, device)
     features = fid.load_features(args, data, device)
-    run = common.Run(args, model, optimizer, scheduler, device)
+    run = common.Run(args, model, optimizer, scheduler, data, device)
     while run.epoch < args.epochs and not args.eval_only:
         model.train()
         for x in run.batches(data.train):

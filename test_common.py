@@ -849,13 +849,6 @@ def test_folders_beside_the_splits_are_neither_pooled_nor_left_out(folders, mess
         common.load_dataset("hollow")
 
 
-def test_the_counts_are_printed_before_training(capsys, monkeypatch):
-    monkeypatch.setattr(common, "Run", None)  # what comes next
-    with pytest.raises(TypeError):
-        uae.main([*TINY])
-    assert "digits: 96 training, 300 validation and 300 test images" in capsys.readouterr().out
-
-
 def broken_files(folder):
     good = save(folder / "good.png", noise_image(64, 64)).read_bytes()
     yield "truncated.png", lambda f: f.write_bytes(good[: len(good) // 2])
@@ -1537,17 +1530,30 @@ def test_a_failing_write_keeps_the_old_file(monkeypatch):
     assert [file.name for file in Path().iterdir()] == ["file.pt"]
 
 
-def test_ctrl_c_ends_with_the_command_that_resumes():
+def test_a_log_names_the_run_before_training(capsys, monkeypatch):
+    monkeypatch.setattr(common.Run, "batches", None)  # what comes next
+    with pytest.raises(TypeError):
+        uae.main([*TINY])
+    output, folder = capsys.readouterr().out, only("runs")
+    assert "digits: 96 training, 300 validation and 300 test images" in output
+    assert f"uae.py on cpu, fp32, in {folder}/" in output
+    assert f"python uae.py --resume {folder}\n" in output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_with_the_command_that_resumes(number, code):
     run = subprocess.Popen(
         [sys.executable, HERE / "uae.py", *TINY, "--epochs", "1000"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    run.stdout.readline()  # the first epoch is done
-    run.send_signal(signal.SIGINT)
+    while not run.stdout.readline().startswith("epoch"):
+        pass
+    run.send_signal(number)
     _, error = run.communicate(timeout=60)
-    assert run.returncode == 130 and "Traceback" not in error
+    assert run.returncode == code and "Traceback" not in error
+    assert f"the last checkpoint is {only('runs')}/last.pt" in error
     assert f"python uae.py --resume {only('runs')}" in error
 
 
@@ -1573,7 +1579,8 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run():
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": str(HERE)},
         )
-        assert run.stdout.readline().startswith(b"epoch")  # printed before its checkpoint is written
+        while not run.stdout.readline().startswith(b"epoch"):  # printed before its checkpoint is written
+            assert run.poll() is None
         time.sleep(pick.uniform(0, 0.8))
         run.kill()
         assert run.wait() == -signal.SIGKILL
