@@ -681,7 +681,12 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
         help="features: imagenet, tf, digits, none, or a state dict on disk (default: digits on digits, else imagenet)",
     )
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root of the Fréchet distance")
-    add("--resume", metavar="DIR", help="continue the run in this folder, with its arguments")
+    add(
+        "--resume",
+        metavar="DIR",
+        help="continue the run in this folder, with its arguments; auto: the unfinished run of these arguments below "
+        "--out if there is one, else start",
+    )
     add("--eval-only", metavar="DIR", help="evaluate the best checkpoint of the run in this folder")
     add(
         "--benchmark",
@@ -698,9 +703,12 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     blank = argparse.Namespace(**dict.fromkeys(vars(args), parser))
     given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not parser}
     args.script = Path(parser.prog).stem
-    folder = args.resume or args.eval_only
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only: give one of the two")
+    automatic = args.resume == "auto"
+    if automatic:
+        args.resume = None
+    folder = args.resume or args.eval_only
     if folder:
         saved = load_json(Path(folder) / "args.json")
         if saved.get("script") != args.script:
@@ -736,7 +744,29 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     args.world_size = saved.get("world_size") if args.eval_only else int(os.environ.get("WORLD_SIZE", 1))
     if args.resume and args.world_size != saved.get("world_size"):
         raise UserError(f"{folder} ran on {saved.get('world_size')} ranks and cannot go on with {args.world_size}")
+    if automatic and (folder := find_run(args)):
+        return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(folder)])
     return args
+
+
+def find_run(args: argparse.Namespace) -> Path | None:
+    """The unfinished run of these arguments below --out, or None if there is none; exits with 0 if it is finished."""
+    ignored = CHANGEABLE - {"epochs"} | {"out", "world_size"}
+    finished = None
+    for checkpoint in sorted(Path(args.out).glob("*/last.pt")):
+        folder = checkpoint.parent
+        saved = load_json(folder / "args.json") if (folder / "args.json").is_file() else {}
+        if any(saved.get(name) != value for name, value in vars(args).items() if name not in ignored):
+            continue
+        results = load_json(folder / "results.json") if (folder / "results.json").is_file() else None
+        if not results or results["args"]["epochs"] < args.epochs:
+            return folder
+        finished = folder
+    if finished:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"this run is finished: {finished}/results.json")
+        sys.exit(0)
+    return None
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1373,6 +1373,29 @@ def test_more_epochs_on_resume_are_those_of_a_longer_run():
     assert metrics(only("a")) == metrics(only("b"))
 
 
+def test_resume_auto_goes_on_starts_or_says_that_it_is_finished(monkeypatch, capsys):
+    """What a cluster does that repeats the command: without a run, after an interruption, and when all is done."""
+    command = [*TINY, "--epochs", "2", "--out", "jobs"]
+    uae.main([*command, "--out", "whole"])
+    uae.main([*command, "--seed", "1"])  # another run
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "validation_batches", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        uae.main([*command, "--resume", "auto"])  # starts, and is stopped before the end of its first epoch
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fid, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        uae.main([*command, "--resume", "auto"])  # goes on, and is stopped before its evaluation
+    uae.main([*command, "--resume", "auto"])
+    assert len(list(Path("jobs").iterdir())) == 2  # no ...-2
+    (folder,) = Path("jobs").glob("*seed0")
+    assert metrics(folder) == metrics(only("whole")) and (folder / "results.json").is_file()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        uae.main([*command, "--resume", "auto"])
+    assert stop.value.code == 0 and f"finished: {folder}/results.json" in capsys.readouterr().out
+    uae.main([*command, "--resume", "auto", "--k", "4"])  # other arguments: another run
+    assert len(list(Path("jobs").iterdir())) == 3
+
+
 def test_eval_only_gives_the_same_results_and_leaves_the_checkpoints():
     first = uae.main([*TINY, "--fid", "digits"])
     before = (only("runs") / "last.pt").read_bytes()
