@@ -364,7 +364,7 @@ def defaults_of(name: str, image_size: int | None = None) -> dict:
         return DEFAULTS[name]
     if not Path(name).is_dir():
         known = ", ".join(sorted(DEFAULTS.keys() - {"folder"}))
-        raise UserError(f"--dataset {name!r} is neither one of {known} nor a folder of images")
+        raise UserError(f"--dataset {name!r} is neither one of {known} nor a folder that is there")
     return DEFAULTS["folder"] | ({"latent_dim": DEFAULTS["celeba"]["latent_dim"]} if image_size == 64 else {})
 
 
@@ -702,6 +702,9 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     args = parser.parse_args(argv)
     blank = argparse.Namespace(**dict.fromkeys(vars(args), parser))
     given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not parser}
+    if args.dataset not in DEFAULTS:  # a folder, to be found from anywhere
+        args.dataset = str(Path(args.dataset).resolve())
+        given |= {"dataset": args.dataset} if "dataset" in given else {}
     args.script = Path(parser.prog).stem
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only: give one of the two")
@@ -731,7 +734,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
             if getattr(args, name, None) is None and (name != "sigma_points" or hasattr(args, name)):
                 setattr(args, name, value)
         named = [f"{n.replace('_', '')}{'' if v is True else v}" for n, v in given.items() if n not in UNNAMED]
-        data = args.dataset if args.dataset in DEFAULTS else f"folder-{Path(args.dataset).resolve().name}"
+        data = args.dataset if args.dataset in DEFAULTS else f"folder-{Path(args.dataset).name}"
         args.name = "-".join([args.script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
     device = resolve_device(args.device)
     if args.precision is None:

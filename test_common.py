@@ -1396,6 +1396,21 @@ def test_resume_auto_goes_on_starts_or_says_that_it_is_finished(monkeypatch, cap
     assert len(list(Path("jobs").iterdir())) == 3
 
 
+def test_a_folder_given_by_a_relative_path_is_found_from_elsewhere(monkeypatch, tmp_path):
+    for i in range(60):
+        save(Path(f"pictures/{i}.png"), noise_image(seed=i))
+    uae.main([*TINY, "--dataset", "pictures", "--batch-size", "8"])
+    uae.main(["--resume", str(only("runs")), "--dataset", "pictures", "--epochs", "2"])  # the same folder
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    folder = str(only("../runs"))
+    uae.main(["--resume", folder, "--epochs", "3"])
+    assert len(metrics(only("../runs"))) == 3
+    shutil.move("../pictures", "../moved")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/pictures")):
+        uae.main(["--resume", folder, "--epochs", "4"])
+
+
 def test_eval_only_gives_the_same_results_and_leaves_the_checkpoints():
     first = uae.main([*TINY, "--fid", "digits"])
     before = (only("runs") / "last.pt").read_bytes()
