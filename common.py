@@ -1377,15 +1377,19 @@ def _benchmark_loader(args: argparse.Namespace, device: torch.device, clock) -> 
 ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "UT-VAE*", "UAE", "IWAE", "WAE-MMD"]
 
 
-def results_table(folder: Path) -> str:
-    """One Markdown table of all results.json below a folder, a row per model and data set, mean ± standard deviation
-    over seeds. Raises UserError if runs of one row differ in anything but the seed."""
+def results_table(*folders: Path) -> str:
+    """One Markdown table of all results.json below the folders, a row per model and data set, mean ± standard deviation
+    over seeds; below it what has no row. Raises UserError if runs of one row differ in anything but the seed."""
     ignored = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "benchmark", "gradient_noise"}
-    rows = {}
-    for file in sorted(folder.rglob("results.json")):
+    rows, left_out = {}, []
+    for run in sorted({file.parent for folder in folders for file in folder.rglob("args.json")}):
+        if not (run / "results.json").is_file():
+            left_out.append(f"{run} is not finished")
+    for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
         result = load_json(file)
         if result.get("metric", "") is None:
-            continue  # --fid none
+            left_out.append(f"{file.parent} has no distances (--fid none)")
+            continue
         try:
             key = (result["data"]["name"], result["features"], result["model"])
             result["settings"] = {k: v for k, v in result["args"].items() if k not in ignored}
@@ -1396,7 +1400,8 @@ def results_table(folder: Path) -> str:
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{file} is not a results.json of these scripts") from None
     if not rows:
-        raise UserError(f"no results.json below {folder}/")
+        where = ", ".join(f"{folder}/" for folder in folders)
+        raise UserError("; ".join([f"no results.json with distances below {where}", *left_out]))
     lines = ["| Data set | Model | Features | Images | Rec. | Sample | Interp. | Seeds |", "|" + "---|" * 8]
 
     def place(key: tuple) -> tuple:
@@ -1409,24 +1414,26 @@ def results_table(folder: Path) -> str:
             a, b = reference["settings"], result["settings"]
             differ = [f"{k} ({a.get(k)!r}, {b.get(k)!r})" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
             if differ:
-                raise UserError(f"{first} and {file} are both {key[2]} on {key[0]} but differ in {', '.join(differ)}")
+                both = f"{first.parent} and {file.parent} are both {key[2]} on {key[0]}"
+                raise UserError(f"{both} but differ in {', '.join(differ)}: remove one")
         results = [result for _, result in rows[key]]
-        seeds = [result["seed"] for result in results]
-        if len(set(seeds)) < len(seeds):
-            raise UserError(f"{key[2]} on {key[0]}: seeds {seeds} are not different, remove the repeated run")
+        seeds = {}
+        for file, result in rows[key]:
+            if (other := seeds.setdefault(result["seed"], file)) != file:
+                raise UserError(f"{other.parent} and {file.parent} are one seed of {key[2]} on {key[0]}: remove one")
         cells = []
         for kind in ("reconstruction", "sample", "interpolation"):
             values = [result[kind] for result in results]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
         lines.append(f"| {key[0]} | {key[2]} | {key[1]} | {reference['count']} | {' | '.join(cells)} | {len(seeds)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *[f"\nleft out: {what}" for what in left_out]])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="common.py", description="One Markdown table of every results.json below a folder.")
-    parser.add_argument("folder", type=Path, help="for example runs/")
-    print(results_table(parser.parse_args(argv).folder))
+    parser.add_argument("folders", type=Path, nargs="+", help="for example runs/")
+    print(results_table(*parser.parse_args(argv).folders))
 
 
 if __name__ == "__main__":

@@ -1907,16 +1907,30 @@ def test_results_table_averages_over_seeds_in_the_papers_order(capsys):
     assert "| cifar10 | UAE 8x largest | inception-tf | 10000 | 6.00 ± 5.29 | 3.00 ± 2.65 | 3.00 ± 0.00 | 3 |" in lines
     (Path("runs/none")).mkdir()
     (Path("runs/none") / "results.json").write_text(json.dumps({"metric": None}))  # --fid none: no row
+    (Path("runs/killed")).mkdir()
+    (Path("runs/killed/args.json")).write_text("{}")
     common.main(["runs"])
-    assert capsys.readouterr().out.splitlines() == lines
-    for changed, message in (({"epochs": 50}, r"epochs \(100, 50\)"), ({"world_size": 4}, r"world_size \(1, 4\)")):
+    output = capsys.readouterr().out.splitlines()
+    assert output[: len(lines)] == lines
+    assert [line for line in output[len(lines) :] if line] == [
+        "left out: runs/killed is not finished", "left out: runs/none has no distances (--fid none)"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"no results.* below runs/none/; runs/none has no distances \(--fid none\)"):
+        common.main(["runs/none"])
+    shutil.move("runs/a2", "others/a2")  # several folders
+    common.main(["runs", "others", "others/a2"])
+    assert capsys.readouterr().out.splitlines() == output
+    for changed, message in (
+        ({"epochs": 50}, r"runs/a0 and runs/other are .* epochs \(100, 50\)"),
+        ({"world_size": 4}, r"world_size \(1, 4\)"),
+    ):
         fake_result(Path("runs/other"), seed=9, **changed)
         with pytest.raises(UserError, match=message):
             common.main(["runs"])
         shutil.rmtree("runs/other")
     fake_result(Path("runs/again"), seed=2)
-    with pytest.raises(UserError, match="seeds"):
-        common.main(["runs"])
+    with pytest.raises(UserError, match="others/a2 and runs/again are one seed"):
+        common.main(["runs", "others"])
     (Path("runs/again") / "results.json").write_text("[1]")
     with pytest.raises(UserError, match=r"again/results\.json"):
         common.main(["runs"])
