@@ -203,8 +203,34 @@ def _hash(tensors) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_features(args: argparse.Namespace, data: common.Dataset, device: torch.device):
-    """The features that --fid names, or None for `none`, so that whatever is missing is missed before training."""
+@torch.no_grad()
+def check_nets(encoder: nn.Module, decoder: nn.Module, data: common.Dataset) -> None:
+    """Raise UserError unless a few images go through the nets as `evaluate` needs it."""
+    x = common.to_float(data.train[:16])
+    with common.eval_mode(encoder), common.eval_mode(decoder), torch.compiler.set_stance("force_eager"):
+        posterior = encoder(x)
+        mean, *scale = posterior if isinstance(posterior, tuple) else (posterior,)
+        images = decoder(mean)
+    B, n = len(x), mean.shape[-1]
+    for s in scale:
+        if s.shape not in ((B, n), (B, n, n)):
+            raise UserError(f"the encoder's scale is {list(s.shape)}: standard deviations [{B},{n}] or L [{B},{n},{n}]")
+        smallest = (s if s.dim() == 2 else s.diagonal(dim1=1, dim2=2)).min().item()
+        if not smallest > 0:
+            raise UserError(
+                f"the encoder's scale is {smallest:.3g} somewhere: return (mean, scale) with scale = "
+                "exp(logvar / 2) or a Cholesky factor, not the log-variance"
+            )
+    if images.shape != x.shape or not images.abs().max() <= 1:
+        found = f"{list(images.shape)} from {images.min():.3g} to {images.max():.3g}"
+        raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
+
+
+def load_features(
+    args: argparse.Namespace, data: common.Dataset, encoder: nn.Module, decoder: nn.Module, device: torch.device
+):
+    """The features that --fid names, or None for `none`, and a look at the nets: what `evaluate` needs, before training."""
+    check_nets(encoder, decoder, data)
     if args.fid == "none":
         return None
     smallest = min(len(data.val), len(data.test))
@@ -278,6 +304,10 @@ def evaluate(
     Reconstruction: decoded validation means. Sample: decoded draws from a mixture fitted to the training means.
     Interpolation: decoded mid-points (slerp) of random pairs of validation means. Writes results.json and the
     pictures, prints the table, returns the results. No image passes through the disk.
+
+    encoder: x [B,C,H,W] in [-1,1] -> z [B,n], or (mean [B,n], scale), where scale is the square root of the covariance:
+    standard deviations [B,n] (exp(logvar / 2), not the log-variance) or a lower-triangular L [B,n,n].
+    decoder: z [B,n] -> images [B,C,H,W] in [-1,1], not in [0,1].
     """
     args, count = run.args, len(data.test)
     checkpoint = run.load_best()

@@ -1159,6 +1159,33 @@ def test_reference_statistics_are_cached_and_a_stale_cache_is_not_believed():
     assert len(list((folder / "fid").iterdir())) == 3
 
 
+class LogVariance(common.GaussianHead):
+    def forward(self, features):
+        return self.mu(features), self.logvar(features)
+
+
+class Logits(common.Decoder):
+    def forward(self, z, fold=None):
+        return 100 * self.rest(self.affine(z, fold))
+
+
+class ScalarScale(common.GaussianHead):
+    def forward(self, features):
+        return self.mu(features), self.logvar(features)[:, :1].exp()
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [("GaussianHead", LogVariance, r"scale is -.*exp\(logvar / 2\)"), ("Decoder", Logits, r"\[-1,1\] are needed"),
+     ("GaussianHead", ScalarScale, r"scale is \[16, 1\]")],
+)  # fmt: skip
+def test_own_nets_that_return_something_else_are_refused_before_training(name, own, message, monkeypatch):
+    monkeypatch.setattr(uae, name, own)
+    with pytest.raises(UserError, match=message):
+        uae.main([*TINY])
+    assert not Path("runs").exists()
+
+
 def test_mixture_samples_follow_the_means():
     centres = torch.tensor([[-5.0, 0.0], [5.0, 1.0]])
     means = centres.repeat(300, 1) + 0.1 * torch.randn(600, 2)

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict:
         return common.benchmark(train_step, model, args, device)
 
     data = common.load_data(args, device)
-    features = fid.load_features(args, data, device)
+    features = fid.load_features(args, data, encoder, decoder, device)
     run = common.Run(args, model, optimizer, scheduler, data, device)
     while run.epoch < args.epochs and not args.eval_only:
         model.train()
