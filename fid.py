@@ -229,7 +229,7 @@ def check_nets(encoder: nn.Module, decoder: nn.Module, data: common.Dataset) -> 
 def load_features(
     args: argparse.Namespace, data: common.Dataset, encoder: nn.Module, decoder: nn.Module, device: torch.device
 ):
-    """The features that --fid names, or None for `none`, and a look at the nets: what `evaluate` needs, before training."""
+    """The features that --fid names, or None for `none`: whatever is missing or unfit is missed before training."""
     check_nets(encoder, decoder, data)
     if args.fid == "none":
         return None

@@ -6,6 +6,7 @@ python -m pytest -k sigma     # some of it
 
 import copy
 import csv
+import dataclasses
 import gzip
 import itertools
 import json
@@ -29,6 +30,7 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -1339,6 +1341,74 @@ def test_random_streams_are_independent_of_each_other(monkeypatch):
     assert len({common.stream_seed(*which) for which in purposes}) == 2 * 2 * 2 * len(common.STREAMS)
 
 
+def test_validation_has_the_same_noise_every_time_and_leaves_the_training_its_own():
+    model, cpu, draws = nn.ModuleDict(), torch.device("cpu"), []
+    expected = torch.rand(6, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    training = torch.rand(2)
+    for _ in range(2):
+        with common.validating(model, cpu, 0):
+            draws.append(torch.rand(5))
+        training = torch.cat([training, torch.rand(2)])
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(training, expected)
+
+
+def test_the_evaluation_is_appendix_a_line_by_line(monkeypatch):
+    """All again by hand: which checkpoint, split, count, seed, statistic. Three splits of three sizes, the best epoch
+    not the last."""
+    load, end_epoch = common.load_data, common.Run.end_epoch
+
+    def smaller(args, device):
+        data = load(args, device)
+        return dataclasses.replace(data, val=data.val[:220], test=data.test[:250])
+
+    def worse_and_worse(run, train, validation):
+        end_epoch(run, train, validation | {"loss": float(run.epoch)})
+
+    monkeypatch.setattr(common, "load_data", smaller)
+    monkeypatch.setattr(common.Run, "end_epoch", worse_and_worse)
+    results = vae.main([*TINY, "--fid", "digits", "--epochs", "3", "--seed", "3"])
+    checkpoint = torch.load(only("runs") / "best.pt", weights_only=True)
+    assert results["best_epoch"] == checkpoint["epoch"] == 1 and not same(checkpoint["model"], weights_of(only("runs")))
+    net = common.Encoder(1, 32, 0.02)
+    encoder, decoder = nn.Sequential(net, common.GaussianHead(net.features, 16)), common.Decoder(16, 1, 32, 0.02)
+    nn.ModuleDict({"encoder": encoder, "decoder": decoder}).load_state_dict(checkpoint["model"])
+    encoder.eval(), decoder.eval()
+    data, features = smaller(Namespace(**results["args"]), "cpu"), fid.DigitsFeatures()
+    assert [len(split) for split in (data.train, data.val, data.test)] == [96, 220, 250]
+
+    def as_8_bit(z):
+        return ((decoder(z) + 1) * 127.5).round().to(torch.uint8)
+
+    def distance(images):
+        (a, S), (b, T) = (
+            (f.mean(0), np.cov(f, rowvar=False)) for f in (features(i).double().numpy() for i in (images, data.test))
+        )
+        return ((a - b) ** 2).sum() + np.trace(S + T - 2 * scipy.linalg.sqrtm(S @ T).real)
+
+    with torch.no_grad():
+        train, val = (encoder(split.float() / 127.5 - 1)[0] for split in (data.train, data.val))
+        mixture = GaussianMixture(10, covariance_type="full", random_state=common.stream_seed(3, "mixture"))
+        samples, _ = mixture.fit(train.double().numpy()).sample(250)
+        generator = torch.Generator().manual_seed(common.stream_seed(3, "pairs"))
+        a, b = val[torch.randint(220, (2, 250), generator=generator)]
+        images = {
+            "reconstruction": as_8_bit(val),
+            "sample": as_8_bit(torch.from_numpy(samples).float()),
+            "interpolation": as_8_bit(common.slerp(a, b)),
+        }
+        variance = encoder(data.val.float() / 127.5 - 1)[1].square()
+    for kind, count in (("reconstruction", 220), ("sample", 250), ("interpolation", 250)):
+        assert results["images"][kind] == len(images[kind]) == count
+        assert results[kind] == pytest.approx(distance(images[kind]), rel=1e-3), kind
+    error = (images["reconstruction"].float() - data.val.float()).div(127.5).square().mean().item()
+    assert results["validation_mse"] == pytest.approx(error, rel=1e-4)
+    assert results["mean_variance"] == pytest.approx(variance.mean().item(), rel=1e-4)
+    assert results["collapsed_dimensions"] == (variance.mean(0) > 0.9).sum()
+    assert results["images"] | {"train": 96, "test": 250} == results["images"]
+
+
 def test_training_lowers_the_loss_and_the_best_checkpoint_is_evaluated():
     results = uae.main([*TINY, "--epochs", "12", "--lr", "0.02"])
     rows = metrics(only("runs"))
@@ -1689,12 +1759,14 @@ def test_two_processes_evaluate_the_one_checkpoint_that_one_process_evaluates():
         "sync = os.fsync\n"
         "os.fsync = lambda file: time.sleep(0.3) or sync(file)\n"
         "import common, uae\n"
+        "end_epoch = common.Run.end_epoch\n"  # each epoch is the best so far
+        "common.Run.end_epoch = lambda run, train, val: end_epoch(run, train, val | {'loss': -run.epoch})\n"
         "results = uae.main(sys.argv[1:])\n"
         "with open(f'rank{common.rank()}-{results[\"args\"][\"epochs\"]}.json', 'w') as file:\n"
         "    json.dump(results, file)\n"
     )
     for epochs in ("0", "3"):
-        arguments = [*TINY, "--lr", "0.001", "--fid", "digits", "--epochs", epochs]  # each epoch is the best so far
+        arguments = [*TINY, "--fid", "digits", "--epochs", epochs]
         done = torchrun("slow.py", *arguments)
         assert done.returncode == 0, done.stderr[-2000:]
         zero, one = (json.loads(Path(f"rank{rank}-{epochs}.json").read_text()) for rank in (0, 1))
@@ -1746,8 +1818,16 @@ def mean(batch):
     seen.append(len(batch))
     return batch.float().mean((1, 2, 3))
 whole = common.map_batches(mean, common.load_dataset("digits").val, "", 7)
+common.prepare(model, args, device)
+noise = [torch.rand(9)]
+with common.validating(model, device, 0):
+    noise.append(torch.rand(9))
+every = [noise] * ranks
+if ranks > 1:
+    torch.distributed.all_gather_object(every, noise)
 if common.rank() == 0:
-    torch.save({"gradients": gradients, "whole": whole, "share": sum(seen)}, f"ranks{ranks}.pt")
+    saved = {"gradients": gradients, "whole": whole, "share": sum(seen), "noise": every}
+    torch.save(saved, f"ranks{ranks}.pt")
 """
 
 
@@ -1763,6 +1843,9 @@ def test_two_ranks_have_the_gradient_of_one_and_see_every_image_once():
         assert (gradient - two["gradients"][name]).norm() < 1e-9 * gradient.norm(), name
     assert torch.equal(one["whole"], two["whole"]) and len(two["whole"]) == 300
     assert (one["share"], two["share"]) == (300, 150)
+    for kind in range(2):  # in training, in validation
+        draws = [one["noise"][0][kind], two["noise"][0][kind], two["noise"][1][kind]]
+        assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
 
 
 def test_a_dying_rank_ends_the_others():
