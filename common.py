@@ -1,9 +1,7 @@
-"""What the six scripts share: sigma points, posterior terms, nets, data sets, and the plumbing of a run.
+"""What the six scripts share: sigma points, posterior terms, nets, data sets; then arguments, ranks and a run.
 
-    python common.py runs/        # one Markdown table of every results.json below runs/
-
-The first half is the method and the nets, the second half is plumbing that teaches nothing. Equation, table and
-appendix numbers are those of the paper: Janjoš, Rosenbaum, Dolgov, Zöllner, "Unscented Autoencoder", ICML 2023.
+The first four parts are the method and read as one text; the last three are plumbing. Equation, table and appendix
+numbers are those of the paper: Janjoš, Rosenbaum, Dolgov, Zöllner, "Unscented Autoencoder", ICML 2023.
 
 Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dimension, [C,H,W] image.
 `scale` is the square root of the covariance Σ: standard deviations [B,n] (diagonal) or a lower-triangular L [B,n,n]
@@ -13,18 +11,19 @@ Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dime
 import argparse
 import csv
 import ctypes
+import glob
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -95,8 +94,7 @@ def sample_sigma_points(
         axis = (place - 1) % n
         sign = (place > 0).to(mu.dtype) - 2 * (place > n).to(mu.dtype)  # 0 for the mean, +1 or -1 for the columns
     elif heuristic in HEURISTICS:
-        diagonal = scale.square() if scale.dim() == 2 else scale.square().sum(-1)  # Σ_ii [B,n]
-        score = diagonal if heuristic == "largest" else torch.rand(B, n, device=mu.device, generator=generator)
+        score = variances(scale) if heuristic == "largest" else torch.rand(B, n, device=mu.device, generator=generator)
         axis = score.topk(k // 2).indices.repeat(1, 2)
         sign = torch.ones_like(axis, dtype=mu.dtype)
         sign[:, k // 2 :] = -1
@@ -122,6 +120,11 @@ def sample_gaussian(mu: Tensor, scale: Tensor, k: int, generator: torch.Generato
 # Posterior and decoder terms of the losses (Eq. 10-20)
 
 
+def variances(scale: Tensor) -> Tensor:
+    """The diagonal of Σ: scale [B,n] or L [B,n,n] -> [B,n]."""
+    return scale.square() if scale.dim() == 2 else scale.square().sum(-1)
+
+
 def kl_divergence(mu: Tensor, scale: Tensor) -> Tensor:
     """KL(N(mu, Σ) || N(0, I)) in nats, with the ½ of footnote 4 (Eq. 10 and 18 leave it out): -> [B]."""
     diagonal = scale if scale.dim() == 2 else scale.diagonal(dim1=1, dim2=2)  # L_ii
@@ -142,7 +145,7 @@ def wasserstein2(mu: Tensor, scale: Tensor, squared: bool = False) -> Tensor:
 
 def largest_variance(scale: Tensor) -> Tensor:
     """λ_max(Σ), taken as the largest diagonal entry of Σ (below Eq. 12; exact for a diagonal Σ): -> [B]."""
-    return (scale.square() if scale.dim() == 2 else scale.square().sum(-1)).amax(1)
+    return variances(scale).amax(1)
 
 
 def gradient_penalty(
@@ -150,22 +153,17 @@ def gradient_penalty(
 ) -> Tensor:
     """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian at mu (Eq. 12, 16).
 
-    mu [B,n] -> [B]. With this file's `Decoder` it is E‖J u‖², u ~ N(0, I) over latents, by `Decoder.jvp` (README,
-    Speed). With `stock`, or any other decoder, it is E‖Jᵀ v‖² (Hutchinson), v = ±1 over pixels, by double backward.
-    Batch norm uses its running statistics and leaves them alone, so J is the Jacobian of a single image's decoding.
-    Works under no_grad too.
+    mu [B,n] -> [B]: E‖J u‖² = ‖J‖²_F for u ~ N(0, I) over latents (Hutchinson), by forward-mode differentiation; any
+    decoder will do, `fold` is for this file's. Batch norm uses its running statistics and leaves them alone, so J is
+    the Jacobian of a single image's decoding.
     """
-    create_graph = torch.is_grad_enabled()
+    u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
     with eval_mode(decoder):
-        if isinstance(decoder, Decoder) and not decoder.stock:
-            u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
-            return decoder.jvp(mu, u, fold).square().sum((1, 2, 3))
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            mu = mu if mu.requires_grad else mu.detach().requires_grad_()
-            images = decoder(mu)
-            v = torch.rand(images.shape, device=mu.device, generator=generator).lt(0.5).to(images.dtype) * 2 - 1
-            (gradient,) = torch.autograd.grad(images, mu, v, create_graph=create_graph)  # Jᵀ v [B,n]
-        return gradient.square().sum(1)
+        if isinstance(decoder, Decoder):
+            derivative = decoder.jvp(mu, u, fold)  # J u [B,C,H,W]
+        else:
+            derivative = torch.func.jvp(decoder, (mu,), (u,))[1]
+    return derivative.square().sum((1, 2, 3))
 
 
 def slerp(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -246,11 +244,10 @@ class Decoder(nn.Module):
     Nothing non-linear stands between the linear layer and the first transposed convolution: together they are one
     affine map z -> z A + a. `fold` multiplies it out, at the cost of n+1 transposed convolutions, and each of the M
     points then costs one small matrix product in place of the largest layer. The function and its gradients are the
-    same up to rounding. `stock = True` switches this off, and `jvp` in the gradient penalty.
+    same up to rounding.
     """
 
     bf16 = False
-    stock = False
 
     def __init__(self, latent_dim: int, channels: int, image_size: int, width: float = 1.0) -> None:
         super().__init__()
@@ -265,9 +262,13 @@ class Decoder(nn.Module):
             layers += [nn.BatchNorm2d(c_out), nn.LeakyReLU(inplace=True)]
         self.rest = nn.Sequential(*layers, nn.ConvTranspose2d(hidden[-1], channels, 3, padding=1))
 
-    def fold(self, points: int) -> tuple[Tensor, Tensor] | None:
-        """A [n, 16·16·hidden] and a [16·16·hidden] of the affine map, or None where `points` are too few to pay."""
-        if self.stock or points <= self.linear.in_features + 1:
+    def fold(self, z: Tensor, penalty: bool = False) -> tuple[Tensor, Tensor] | None:
+        """A [n, 16·16·hidden] and a [16·16·hidden] of the affine map, or None where that would not pay.
+
+        z [B,...,n]: all points that are to be decoded; `penalty`: `gradient_penalty` takes two more for each of the B.
+        """
+        n = z.shape[-1]
+        if z.numel() // n + 2 * len(z) * penalty <= n + 1:
             return None
         columns = torch.cat([self.linear.weight.T, self.linear.bias.unsqueeze(0)])  # [n+1, 1024·8·8]
         with precision(self, columns):
@@ -285,11 +286,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
         with precision(self, z):
-            fold = self.fold(len(z)) if fold is None else fold
+            fold = self.fold(z) if fold is None else fold
             return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
 
     def jvp(self, z: Tensor, u: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z (forward-mode differentiation); in evaluation mode only.
+        """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z (forward-mode differentiation), in evaluation mode.
 
         torch's own forward mode would convolve every layer's input with a derivative of the weights that is zero, and
         fails in batch norm under autocast. It serves a subclass with a `forward` of its own or with other layers.
@@ -301,7 +302,6 @@ class Decoder(nn.Module):
         if type(self).forward is not Decoder.forward or not all(isinstance(layer, known) for layer in self.rest):
             return torch.func.jvp(self, (z,), (u,))[1]
         with precision(self, z):
-            fold = self.fold(2 * len(z)) if fold is None else fold
             h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
             for layer in self.rest:
                 h = layer(h)
@@ -330,42 +330,39 @@ def eval_mode(module: nn.Module):
 # Data sets: every image is held as uint8 on the training device, batches are cut from there without workers
 
 # Defaults of flags that are not given, by data set (Appendix A, Table 2; those of digits and of folders are ours)
-_PAPER = {"channels": 3, "image_size": 32, "width": 1.0, "epochs": 100, "sigma_points": "random", "flip": False}
+_PAPER = {
+    "channels": 3, "image_size": 32, "latent_dim": 128, "width": 1.0, "epochs": 100, "sigma_points": "random",
+    "flip": False, "fid": "imagenet",
+}  # fmt: skip
 DEFAULTS = {
-    "digits": _PAPER | {"channels": 1, "latent_dim": 16, "width": 1 / 16, "epochs": 40},
+    "digits": _PAPER | {"channels": 1, "latent_dim": 16, "width": 1 / 16, "epochs": 40, "fid": "digits"},
     "fashion_mnist": _PAPER | {"channels": 1, "latent_dim": 64},
-    "cifar10": _PAPER | {"latent_dim": 128, "sigma_points": "largest", "flip": True},
+    "cifar10": _PAPER | {"sigma_points": "largest", "flip": True},  # flip: mirror half of the training images
     "celeba": _PAPER | {"latent_dim": 64, "image_size": 64},
-    "folder": _PAPER | {"latent_dim": 128},
 }
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 CELEBA_SPLITS = {"train": 162770, "val": 19867, "test": 19962}  # in the order of the file names
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders by name
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three uint8 tensors [N,C,H,W] on one device, and the defaults that the paper has for this data set."""
+    """Three uint8 tensors [N,C,H,W] on one device."""
 
     name: str
     train: Tensor
     val: Tensor
     test: Tensor
-    latent_dim: int
-    flip: bool  # random horizontal flip in training
-    width: float
-    epochs: int
-    sigma_points: str
-    preprocessing: str  # in words, for results.json and the key of cached statistics
+    preprocessing: str  # in words, for results.json
 
 
 def defaults_of(name: str, image_size: int | None = None) -> dict:
     """The defaults of a data set by name; any other name must be a folder of images. Raises UserError."""
-    if name in DEFAULTS and name != "folder":
+    if name in DEFAULTS:
         return DEFAULTS[name]
     if not Path(name).is_dir():
-        known = ", ".join(sorted(DEFAULTS.keys() - {"folder"}))
-        raise UserError(f"--dataset {name!r} is neither one of {known} nor a folder that is there")
-    return DEFAULTS["folder"] | ({"latent_dim": DEFAULTS["celeba"]["latent_dim"]} if image_size == 64 else {})
+        raise UserError(f"--dataset {name!r} is neither one of {', '.join(DEFAULTS)} nor a folder that is there")
+    return _PAPER | ({"latent_dim": DEFAULTS["celeba"]["latent_dim"]} if image_size == 64 else {})
 
 
 def load_dataset(
@@ -374,43 +371,26 @@ def load_dataset(
     device: str | torch.device = "cpu",
     image_size: int | None = None,
     limit_train: int | None = None,
+    limit_eval: int | None = None,
 ) -> Dataset:
     """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or a folder of images, as uint8 on `device`.
 
-    image_size (32 or 64) resizes to another size than the data set's own; limit_train keeps the first training images.
+    image_size (32 or 64) resizes to another size than the data set's own; limit_train keeps the first training
+    images, limit_eval the first validation and test images.
     Raises UserError, with what to put where, if anything is missing or cannot be read.
     """
-    defaults = defaults_of(name, image_size)
-    size = image_size or defaults["image_size"]
+    size = image_size or defaults_of(name)["image_size"]
     loaders = {"digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "celeba": _celeba}
     if name in loaders:
-        splits, preprocessing = loaders[name](Path(data_dir))
-        if splits[0].shape[-1] != size:
-            splits = [image_ops.resize(split, [size, size], antialias=True) for split in splits]
+        (train, val, test), preprocessing = loaders[name](Path(data_dir))
+        if train.shape[-1] != size:
+            train, val, test = (image_ops.resize(split, [size, size], antialias=True) for split in (train, val, test))
             preprocessing += f", resized to {size}"
     else:
-        splits, preprocessing = _folder(Path(name), size)
-    train, val, test = splits
-    return Dataset(
-        name=name if name in loaders else f"folder-{Path(name).resolve().name}",
-        train=train[:limit_train].to(device),
-        val=val.to(device),
-        test=test.to(device),
-        preprocessing=preprocessing,
-        **{key: defaults[key] for key in ("latent_dim", "flip", "width", "epochs", "sigma_points")},
-    )
-
-
-def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
-    """The data set of a run's arguments, rank 0 first. Raises UserError if it has too few images for a batch."""
-    with rank_zero_first():
-        data = load_dataset(args.dataset, args.data_dir, device, args.image_size, args.limit_train)
-    if len(data.train) < args.batch_size * world_size():
-        ranks = f" on each of {world_size()} ranks" if world_size() > 1 else ""
-        raise UserError(f"--batch-size {args.batch_size}{ranks}: there are only {len(data.train)} training images")
-    if len(data.val) < world_size():
-        raise UserError(f"{len(data.val)} validation images are too few for {world_size()} ranks")
-    return data
+        (train, val, test), preprocessing = _folder(Path(name), Path(data_dir), size)
+        name = f"folder-{Path(name).resolve().name}"
+    splits = train[:limit_train], val[:limit_eval], test[:limit_eval]
+    return Dataset(name, *(split.to(device) for split in splits), preprocessing)
 
 
 def _digits(_data_dir: Path) -> tuple[list[Tensor], str]:
@@ -455,82 +435,60 @@ def _celeba(data_dir: Path) -> tuple[list[Tensor], str]:
     folder, partition = root / "img_align_celeba", root / "list_eval_partition.txt"
     if not folder.is_dir():
         raise UserError(f"CelebA is not in {root}/: put the folder img_align_celeba/ and list_eval_partition.txt there")
+    files = sorted(folder.glob("*.jpg"))
     if partition.is_file():
         splits = [[], [], []]
         for line in partition.read_text().splitlines():
-            file, _, split = line.strip().rpartition(" ")
-            if split not in ("0", "1", "2") or not file:
+            name, _, split = line.strip().rpartition(" ")
+            if split not in ("0", "1", "2") or not name:
                 raise UserError(f"{partition}: {line!r} is not '<file name> <0|1|2>'")
-            splits[int(split)].append(folder / file.strip())
-    else:
-        files = sorted(folder.glob("*.jpg"))
-        if len(files) != sum(n.values()):
-            raise UserError(
-                f"{folder}/ has {len(files)} of the {sum(n.values())} images: complete it, or add {partition}"
-            )
+            splits[int(split)].append(folder / name.strip())
+        missing = sorted({file for split in splits for file in split} - set(files))
+        if missing or not all(splits):
+            what = f"{len(missing)} files are missing, the first is {missing[0]}" if missing else "an empty split"
+            raise UserError(f"CelebA by {partition}: {what}")
+    elif len(files) == sum(n.values()):
         splits = [files[: n["train"]], files[n["train"] : -n["test"]], files[-n["test"] :]]
-    missing = [file for split in splits for file in split if not file.is_file()]
-    if missing or not all(splits):
-        what = f"{len(missing)} files are missing, the first is {missing[0]}" if missing else "an empty split"
-        raise UserError(f"CelebA by {partition}: {what}")
-    files = [file for split in splits for file in split]
-    key = hashlib.sha256("/".join(["148 to 64", *(file.name for file in files)]).encode()).hexdigest()
-    images = decode_images(files, 64, crop=148, cache=root / "celeba-64.npy", key=key)
-    return list(images.split([len(split) for split in splits])), "centre crop 148, resized to 64 bilinear antialiased"
+    else:
+        raise UserError(f"{folder}/ has {len(files)} of the {sum(n.values())} images: complete it, or add {partition}")
+    return decode_images(splits, 64, data_dir, crop=148), "centre crop 148, resized to 64 bilinear antialiased"
 
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folder: split
-
-
-def _folder(root: Path, size: int) -> tuple[list[Tensor], str]:
+def _folder(root: Path, data_dir: Path, size: int) -> tuple[list[Tensor], str]:
     files = image_files(root)
-    folders = sorted(child.name for child in root.iterdir() if child.is_dir())
-    given = {folder: SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS}
-    splits = {split: [] for split in given.values()}
-    if not given:
-        splits["train"] = files
-    elif sorted(splits) not in (["train"], ["test", "train"], ["test", "train", "val"]) or len(splits) < len(given):
-        found = " and ".join(f"{folder}/" for folder in given)
-        raise UserError(f"{root}/ has {found}: give train/ val/ test/, train/ test/, train/, or none of these")
-    for file in files if given else ():
-        folder = file.relative_to(root).parts[0]
-        if folder not in given:
-            where = f"{file} lies" if file.parent == root else f"the images in {root / folder}/ lie"
-            raise UserError(f"{where} beside {'/, '.join(given)}/ and would not be used: move them")
-        splits[given[folder]].append(file)
-    for folder, split in given.items():
-        if not splits[split]:
-            raise UserError(f"{root / folder}/ has no images")
-    images = {split: decode_images(files, size) for split, files in splits.items()}
-    shuffle = torch.randperm(len(images["train"]), generator=torch.Generator().manual_seed(0))
+    folders = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name.lower() in SPLITS)
+    splits = {SPLITS[name.lower()]: [file for file in files if file.is_relative_to(root / name)] for name in folders}
+    whole = sorted(splits) in (["train"], ["test", "train"], ["test", "train", "val"]) and all(splits.values())
+    if folders and not (whole and len(splits) == len(folders)):
+        found = " and ".join(f"{name}/" for name in folders)
+        raise UserError(
+            f"{root}/ has {found}: give images in train/ val/ test/, train/ test/, train/, or none of these"
+        )
+    outside = set(files).difference(*splits.values()) if folders else ()
+    if outside:
+        raise UserError(f"{min(outside)} lies beside {'/ '.join(folders)}/ and would not be used: move or remove it")
+    splits = splits or {"train": files}
+    images = dict(zip(splits, decode_images(list(splits.values()), size, data_dir), strict=True))
+    train = images["train"]
     if "val" not in images:  # a fixed split, the same on every machine, for files of the same names
-        train = images["train"][shuffle]
+        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
         held_out = len(train) // 5
         if "test" in images:
-            held_out = min(held_out, len(images["test"]))
-            images["train"], images["val"] = train[held_out:], train[:held_out]
+            images["val"], images["train"] = train.tensor_split([min(held_out, len(images["test"]))])
         else:
             images["val"], images["test"], images["train"] = train.tensor_split([held_out // 2, held_out])
     if min(len(split) for split in images.values()) == 0:
-        raise UserError(f"{root}/: {len(shuffle)} images are too few to hold out validation and test images")
+        raise UserError(f"{root}/: {len(train)} images are too few to hold out validation and test images")
     return [images[name] for name in ("train", "val", "test")], f"centre crop, resized to {size} bilinear antialiased"
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted by name. Raises UserError if there are none or a folder cannot be read."""
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}")
-
-    found = []
-    for top, _, files in os.walk(folder, onerror=fail, followlinks=True):
-        if any(os.path.samefile(top, parent) for parent in Path(top).parents if parent.is_relative_to(folder)):
-            raise UserError(f"{top} is a symbolic link to a folder above it: remove it")
-        found += [Path(top, file) for file in files]
-    others = [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
+    """All image files below a folder, sorted by name, hidden ones left out. Raises UserError if there are none."""
+    found = [Path(folder, name) for name in glob.glob("**/*.*", root_dir=folder, recursive=True)]
+    files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
+    others = [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file()]
     if others and rank() == 0:
         print(f"{folder}/: left out {len(others)} files that are no images by name, as {others[0]}", file=sys.stderr)
-    files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
     if not files:
         raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -552,36 +510,45 @@ def read_image(file: Path) -> Tensor:
         raise UserError(f"cannot read the image {file}: {error or type(error).__name__}") from None
 
 
-def decode_images(files: list[Path], size: int, crop: int = 0, cache: Path | None = None, key: str = "") -> Tensor:
-    """Image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size].
+def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int = 0) -> list[Tensor]:
+    """Splits of image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size] each.
 
-    With `cache` the array is written there once, beside its `key`, and memory-mapped ever after; an incomplete or
-    foreign cache file is decoded anew. Raises UserError naming the file that cannot be read or written.
+    They are decoded once, into a file below data_dir/decoded/ that is named after the files' names, sizes, times and
+    the preprocessing, and memory-mapped ever after. Raises UserError naming the file that cannot be read.
     """
-    shape = (len(files), 3, size, size)
-    header = cache and cache.with_suffix(".json")
-    if cache and cache.is_file():
+    files = [file for split in splits for file in split]
+    top, shape = os.path.commonpath([file.parent for file in files]), (len(files), 3, size, size)
+    try:
+        known = {os.path.relpath(file, top): file.stat() for file in files}
+    except OSError as error:
+        raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
+    once = {(state.st_dev, state.st_ino): file for file, state in reversed(known.items())}
+    if again := known.keys() - set(once.values()):
+        raise UserError(f"{top}/{min(again)} is another image's file once more: remove the link that leads to it")
+    known = {file: (state.st_size, state.st_mtime_ns) for file, state in known.items()}
+    key = hashlib.sha256(repr((known, size, crop)).encode()).hexdigest()[:16]
+    cache = data_dir / "decoded" / f"{Path(top).resolve().name}-{size}-{key}.npy"
+    try:
+        images = np.load(cache, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or damaged
+        images = np.empty(0, np.uint8)
+    if images.shape != shape or images.dtype != np.uint8:
+        images = np.empty(shape, np.uint8)
+
+        def decode(i: int) -> None:
+            image = read_image(files[i])
+            image = image_ops.center_crop(image, [crop or min(image.shape[1:])] * 2)
+            images[i] = image_ops.resize(image, [size, size], antialias=True)
+
+        with ThreadPoolExecutor() as pool, progress("decoding images", len(files)) as bar:
+            for _ in pool.map(decode, range(len(files))):
+                bar.update()
         try:
-            images = np.load(cache, mmap_mode="c", allow_pickle=False)
-            if images.shape == shape and images.dtype == np.uint8 and header.read_text() == key:
-                return torch.from_numpy(images)
-        except (OSError, ValueError, EOFError):
-            pass  # half-written or not ours: decode anew
-
-    images = np.empty(shape, np.uint8)
-
-    def decode(i: int) -> None:
-        image = read_image(files[i])
-        image = image_ops.center_crop(image, [crop or min(image.shape[1:])] * 2)
-        images[i] = image_ops.resize(image, [size, size], antialias=True)
-
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="decoding images", disable=rank() > 0) as bar:
-        for _ in pool.map(decode, range(len(files))):
-            bar.update()
-    if cache:
-        write_file(cache, lambda file: np.save(file, images))
-        write_file(header, key)
-    return torch.from_numpy(images)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_file(cache, lambda file: np.save(file, images))
+        except (OSError, UserError) as error:
+            print(f"the decoded images are not kept for the next time: {error}", file=sys.stderr)
+    return list(torch.from_numpy(images).split([len(split) for split in splits]))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -594,7 +561,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False):
+def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False) -> Iterator[Tensor]:
     """One epoch of float batches [B,C,H,W] in [-1,1] from uint8 images, shuffled by `seed`, the last short one dropped.
 
     Shuffling, flipping and scaling happen on the images' device. Under torchrun every rank takes its own part of one
@@ -611,11 +578,17 @@ def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False
         yield to_float(x)
 
 
+def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """This rank's part of the images in float batches, in order, the last short one included."""
+    for batch in images[rank() :: world_size()].split(batch_size):
+        yield to_float(batch)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments and errors
 
 CHANGEABLE = {"epochs", "device", "data_dir", "fid", "fid_method", "compile", "resume", "eval_only"}  # on a saved run
-UNNAMED = CHANGEABLE - {"epochs"} | {"dataset", "out", "seed", "benchmark"}  # flags that are not in a folder's name
+UNNAMED = CHANGEABLE - {"epochs"} | {"dataset", "out", "seed"}  # flags that are not in a folder's name
 
 
 class Parser(argparse.ArgumentParser):
@@ -632,110 +605,83 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """An argparse type: a finite int or float in [low, high], or in (low, high] with `above`."""
+def number(kind: type, low: float, high: float = sys.float_info.max):
+    """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-            good = math.isfinite(value) and low <= value <= high and not (above and value == low)
-        except (ValueError, OverflowError):
-            good = False
-        if not good:
-            limits = f"{'above' if above else 'of at least'} {low:g}" + (
-                f", at most {high:g}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"at least {low:g}" + (f" and at most {high:g}" if high < sys.float_info.max else "")
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse's message for what is no number names it
     return parse
 
 
 def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_flags=("--beta",)) -> Parser:
     """The flags that every script has; `script` is its __file__, beta the default weight of its latent term."""
     parser = Parser(prog=Path(script).name, description=description, formatter_class=Help, allow_abbrev=False)
-    add = parser.add_argument
-    by_data = "default: by data set"
-    add("--dataset", default="digits", help="digits, fashion_mnist, cifar10, celeba, or a folder of images")
+    add, by_data = parser.add_argument, "(default: by data set)"
+    known = ", ".join(DEFAULTS)
+    add("--dataset", type=dataset_name, default="digits", help=f"{known}, or a folder of images")
     add("--data-dir", default="data", help="where data sets are looked for, downloaded to and cached")
-    add("--image-size", type=int, choices=(32, 64), help=f"pixels, height and width ({by_data})")
+    add("--image-size", type=int, choices=(32, 64), help=f"pixels, height and width {by_data}")
     add("--limit-train", type=number(int, 1), help="use only this many training images")
+    add("--limit-eval", type=number(int, 1), help="use only this many validation and as many test images")
     add("--out", default="runs", help="folder that gets one folder for each run")
-    add("--epochs", type=number(int, 0), help=f"passes over the training images; 0: the untrained net ({by_data})")
+    add("--epochs", type=number(int, 0), help=f"passes over the training images; 0: the untrained net {by_data}")
     add("--batch-size", type=number(int, 2), default=64, help="images a step (on each rank, under torchrun)")
-    add("--lr", type=number(float, 0, 10, above=True), default=0.005, help="Adam's first learning rate")
+    add("--lr", type=number(float, 1e-9, 10), default=0.005, help="Adam's first learning rate")
     add(*beta_flags, dest="beta", type=number(float, 0), default=beta, help="weight of the latent term")
-    add("--latent-dim", type=number(int, 2, 4096), help=f"n, dimensions of the latent space ({by_data})")
-    add("--width", type=number(float, 0, 8, above=True), help=f"multiplies all hidden channels ({by_data})")
+    add("--latent-dim", type=number(int, 2, 4096), help=f"n, dimensions of the latent space {by_data}")
+    add("--width", type=number(float, 1e-3, 8), help=f"multiplies all hidden channels {by_data}")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, shuffling, noise and evaluation")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
-    add(
-        "--precision",
-        choices=("fp32", "tf32", "bf16"),
-        help="of the nets (default: bf16 on CUDA that has it, else fp32)",
-    )
+    add("--precision", choices=("fp32", "tf32", "bf16"), help="of the nets (default: bf16 on CUDA that has it)")
     add("--compile", action="store_true", help="torch.compile the nets")
-    add("--stock", action="store_true", help="without this code's exact speed-ups, to compare with (README, Speed)")
-    add(
-        "--fid",
-        help="features: imagenet, tf, digits, none, or a state dict on disk (default: digits on digits, else imagenet)",
-    )
+    add("--fid", help=f"features: imagenet, tf, digits, none, or a state dict on disk {by_data}")
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root of the Fréchet distance")
-    add(
-        "--resume",
-        metavar="DIR",
-        help="continue the run in this folder, with its arguments; auto: the unfinished run of these arguments below "
-        "--out if there is one, else start",
-    )
+    resume = "go on with the run in this folder; auto: with the unfinished run of these arguments in --out, else start"
+    add("--resume", metavar="DIR", help=resume)
     add("--eval-only", metavar="DIR", help="evaluate the best checkpoint of the run in this folder")
-    add(
-        "--benchmark",
-        type=number(int, 1),
-        metavar="STEPS",
-        help="time this many steps on random images; trains nothing",
-    )
     return parser
 
 
+def dataset_name(text: str) -> str:
+    """A known data set's name as it is; a folder by its whole path, so that it is found from anywhere."""
+    return text if text in DEFAULTS else str(Path(text).resolve())
+
+
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse, fill in the data set's defaults, read back a saved run's arguments. Raises UserError or exits with 2."""
+    """Parse; what is not given is filled in from the run to resume or from the data set's defaults.
+
+    Raises UserError for arguments that do not go together, or exits with 2.
+    """
     args = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(args), parser))
-    given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not parser}
-    if args.dataset not in DEFAULTS:  # a folder, to be found from anywhere
-        args.dataset = str(Path(args.dataset).resolve())
-        given |= {"dataset": args.dataset} if "dataset" in given else {}
-    args.script = Path(parser.prog).stem
+    script, folder = Path(parser.prog).stem, args.eval_only or args.resume
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only: give one of the two")
     automatic = args.resume == "auto"
-    if automatic:
-        args.resume = None
-    folder = args.resume or args.eval_only
-    if folder:
-        saved = load_json(Path(folder) / "args.json")
-        if saved.get("script") != args.script:
-            raise UserError(f"{folder} is a run of {saved.get('script')}.py, not of {args.script}.py")
-        changeable = CHANGEABLE | ({"precision"} if args.eval_only else set())
-        changed = [name for name in given if name not in changeable and given[name] != saved.get(name)]
-        if changed:
-            differ = ", ".join(f"--{n.replace('_', '-')} is {saved.get(n)!r}, not {given[n]!r}" for n in changed)
-            raise UserError(f"{folder} cannot go on with other arguments: {differ}")
-        vars(args).update(saved)
-        vars(args).update({name: given.get(name) for name in ("resume", "eval_only")})
-        vars(args).update({name: given[name] for name in given.keys() & changeable})
-        if args.eval_only and "epochs" in given:
-            raise UserError(f"--epochs {args.epochs} changes nothing with --eval-only: use --resume {folder}")
+    if automatic or not folder:
+        saved = defaults_of(args.dataset, args.image_size)
+        saved = {name: value for name, value in saved.items() if name != "sigma_points" or name in args}
     else:
-        defaults = defaults_of(args.dataset, args.image_size)
-        has_digits = args.dataset == "digits" and args.image_size in (None, 32)
-        defaults = defaults | {"fid": "digits" if has_digits else "imagenet"}
-        for name, value in defaults.items():
-            if getattr(args, name, None) is None and (name != "sigma_points" or hasattr(args, name)):
-                setattr(args, name, value)
-        named = [f"{n.replace('_', '')}{'' if v is True else v}" for n, v in given.items() if n not in UNNAMED]
+        saved = load_json(Path(folder) / "args.json")
+        if saved.get("script") != script:
+            raise UserError(f"{folder} is a run of {saved.get('script')}.py, not of {script}.py")
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)  # again: what is given wins
+    if automatic or not folder:
+        given = [(n, v) for n, v in vars(args).items() if n not in UNNAMED and v != parser.get_default(n)]
+        named = [f"{name.replace('_', '')}{'' if value is True else value}" for name, value in given]
         data = args.dataset if args.dataset in DEFAULTS else f"folder-{Path(args.dataset).name}"
-        args.name = "-".join([args.script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
+        args.name = "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
+        args.resume, args.script = None, script
+    if not args.eval_only:
+        args.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.resume or args.eval_only:
+        check_saved(args, saved, folder)
     device = resolve_device(args.device)
     if args.precision is None:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -744,59 +690,78 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
     if device.type == "mps" and "WORLD_SIZE" in os.environ:
         raise UserError("torchrun has no backend for MPS: add --device cpu, or start one process without torchrun")
-    args.world_size = saved.get("world_size") if args.eval_only else int(os.environ.get("WORLD_SIZE", 1))
-    if args.resume and args.world_size != saved.get("world_size"):
-        raise UserError(f"{folder} ran on {saved.get('world_size')} ranks and cannot go on with {args.world_size}")
-    if automatic and (folder := find_run(args)):
-        return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(folder)])
+    if automatic and (unfinished := find_run(args)):
+        return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(unfinished)])
     return args
+
+
+def check_saved(args: argparse.Namespace, saved: dict, folder: str) -> None:
+    """Raise UserError where the arguments given differ from those of the run in `folder`."""
+    changeable = CHANGEABLE | ({"precision"} if args.eval_only else set())
+    changed = [name for name in saved if name not in changeable and getattr(args, name) != saved[name]]
+    if changed == ["world_size"]:
+        raise UserError(f"{folder} ran on {saved['world_size']} ranks and cannot go on with {args.world_size}")
+    if changed:
+        differ = ", ".join(f"--{n.replace('_', '-')} is {saved[n]!r}, not {getattr(args, n)!r}" for n in changed)
+        raise UserError(f"{folder} cannot go on with other arguments: {differ}")
+    if args.eval_only and args.epochs != saved["epochs"]:
+        raise UserError(f"--epochs {args.epochs} changes nothing with --eval-only: use --resume {folder}")
+
+
+def run_folders(args: argparse.Namespace) -> Iterator[Path]:
+    """Where a run of these arguments goes: <out>/<name>, or if that is taken <name>-2, -3, …"""
+    for copy in range(1, 1000):
+        yield Path(args.out) / (args.name + (f"-{copy}" if copy > 1 else ""))
+
+
+def new_folder(args: argparse.Namespace) -> Path:
+    """Make the folder of a new run. Raises UserError if it cannot be made."""
+    for folder in run_folders(args):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except OSError as error:
+            if not folder.is_dir():
+                raise UserError(f"--out {args.out}: cannot make {folder}: {error.strerror}") from None
+    raise UserError(f"--out {args.out}: there are 999 runs named {args.name}, remove some")
 
 
 def find_run(args: argparse.Namespace) -> Path | None:
     """The unfinished run of these arguments below --out, or None if there is none; exits with 0 if it is finished."""
-    ignored = CHANGEABLE - {"epochs"} | {"out", "world_size"}
     finished = None
-    for checkpoint in sorted(Path(args.out).glob("*/last.pt")):
-        folder = checkpoint.parent
-        saved = load_json(folder / "args.json") if (folder / "args.json").is_file() else {}
-        if any(saved.get(name) != value for name, value in vars(args).items() if name not in ignored):
-            continue
-        results = load_json(folder / "results.json") if (folder / "results.json").is_file() else None
-        if not results or results["args"]["epochs"] < args.epochs:
+    for folder in itertools.takewhile(Path.exists, run_folders(args)):
+        results = folder / "results.json"
+        if results.is_file() and load_json(results)["args"]["epochs"] >= args.epochs:
+            finished = results
+        elif (folder / "last.pt").is_file():
             return folder
-        finished = folder
     if finished:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"this run is finished: {finished}/results.json")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"this run is finished: {finished}")
         sys.exit(0)
     return None
 
 
 def resolve_device(name: str) -> torch.device:
     """The device by name; `auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(("cuda" if cuda else "mps" if mps else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is not a device: choose auto, cuda, mps or cpu") from None
-    here = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
-    if not here.get(device.type):
-        raise UserError(f"--device {name}: there is none on this machine, choose auto or cpu")
-    return device
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which schedulers send before they kill."""
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name!r} cannot be used ({reason}): choose auto, cuda, mps or cpu") from None
 
 
 def cli(main) -> None:
-    """Run a script's main: a user's mistake is one line and exit code 2; Ctrl-C (130) and SIGTERM (143) tell how to go
-    on."""
+    """Run a script's main: a user's mistake is one line and exit code 2; Ctrl-C and SIGTERM, which schedulers send
+    before they kill, name the last checkpoint and end with 130 and 143."""
 
-    def terminate(_signal, _frame) -> None:
-        raise Terminated
+    def stop(number: int, _frame) -> None:
+        raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main()
         if dist.is_initialized():
@@ -805,12 +770,11 @@ def cli(main) -> None:
         who = f"{Path(sys.argv[0]).name}{f' (rank {rank()})' if rank() else ''}"
         print(f"{who}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        run = Run.current
-        if run and rank() == 0:
-            print(f"\nstopped; the last checkpoint is {run.dir / 'last.pt'}", file=sys.stderr)
-            print(f"go on with: {run.resume_command()}", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    except KeyboardInterrupt as stopped:
+        if Run.current and rank() == 0:
+            print(f"\nstopped; the last checkpoint is {Run.current.dir / 'last.pt'}", file=sys.stderr)
+            print(f"go on with: {Run.current.resume_command()}", file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
 
 
 def load_json(path: Path) -> dict:
@@ -826,14 +790,11 @@ def load_json(path: Path) -> dict:
 
 
 def write_file(path: Path, content) -> None:
-    """Replace a file atomically by text, bytes, or what `content(file)` writes. On UserError the old file stays."""
+    """Replace a file atomically by text, or by what `content(file)` writes. On UserError the old file stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode()) if isinstance(content, str) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -844,7 +805,14 @@ def write_file(path: Path, content) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ranks (torchrun), device, precision
+# Ranks (torchrun), device, precision, random streams
+
+STREAMS = ("weights", "noise", "shuffle", "validation", "mixture", "pairs")
+
+
+def stream_seed(seed: int, purpose: str, rank: int = 0, epoch: int = 0) -> int:
+    """The seed of a run's random stream for one of STREAMS: other arguments give an independent stream."""
+    return int(np.random.SeedSequence([seed, STREAMS.index(purpose), rank, epoch]).generate_state(1)[0])
 
 
 def rank() -> int:
@@ -858,10 +826,9 @@ def world_size() -> int:
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Join the other ranks under torchrun, set precision and seed, return this rank's device."""
-    device = resolve_device(args.device)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cpu" and not args.stock:
+    """Join the other ranks under torchrun, set precision and the weights' seed, return this rank's device."""
+    device, ranks = resolve_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cpu":
         keep_memory()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if ranks > 1 else device.index or 0)
@@ -879,7 +846,7 @@ def keep_memory() -> None:
     """On Linux, make the process keep the memory that it frees, in huge pages.
 
     By default glibc gives every large block back to the system, and each step pays again for clearing its gigabytes of
-    activations page by page (README, Speed).
+    activations page by page (paper/README.md, Speed).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it makes its first tensor
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -888,12 +855,35 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never given back
 
 
-STREAMS = ("weights", "noise", "shuffle", "validation", "mixture", "pairs")
+def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device: torch.device) -> nn.ModuleDict:
+    """Encoder and decoder as one model on the device, alike on all ranks, with the precision and compilation asked for;
+    from here on each rank has its own noise."""
+    model = nn.ModuleDict(dict(zip(("encoder", "decoder"), nets, strict=True))).to(device)
+    if world_size() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    model.to(memory_format=torch.channels_last)
+    for net in model.modules():
+        if isinstance(net, Encoder | Decoder):
+            net.bf16 = args.precision == "bf16"  # the nets only: heads, posterior terms and losses stay in float32
+    if args.compile:
+        model["encoder"].compile()
+        model["decoder"].compile()
+    torch.manual_seed(stream_seed(args.seed, "noise", rank()))
+    return model
 
 
-def stream_seed(seed: int, purpose: str, rank: int = 0, epoch: int = 0) -> int:
-    """The seed of a run's random stream for one of STREAMS: other arguments give an independent stream."""
-    return int(np.random.SeedSequence([seed, STREAMS.index(purpose), rank, epoch]).generate_state(1)[0])
+def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
+    """The data set of a run's arguments, rank 0 first. Raises UserError if it has too few images for a batch."""
+    with rank_zero_first():
+        limits = args.limit_train, args.limit_eval
+        data = load_dataset(args.dataset, args.data_dir, device, args.image_size, *limits)
+    if len(data.train) < args.batch_size * world_size():
+        ranks = f" on each of {world_size()} ranks" if world_size() > 1 else ""
+        raise UserError(f"--batch-size {args.batch_size}{ranks}: there are only {len(data.train)} training images")
+    if len(data.val) < world_size():
+        raise UserError(f"{len(data.val)} validation images are too few for {world_size()} ranks")
+    return data
 
 
 @contextmanager
@@ -929,31 +919,9 @@ def average_gradients(model: nn.Module) -> None:
     average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def gather(x: Tensor) -> Tensor:
-    """In training the rows of x [B,...] of all ranks, [B·ranks,...], differentiable; elsewhere x itself."""
-    if world_size() == 1 or not torch.is_grad_enabled():
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x))
-
-
-def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Move a model to the device, alike on all ranks, with the precision, memory format and compilation asked for."""
-    model.to(device)
-    if world_size() > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-    model.to(memory_format=torch.contiguous_format if args.stock else torch.channels_last)
-    for net in model.modules():
-        if isinstance(net, Decoder):
-            net.stock = args.stock
-        if isinstance(net, Encoder | Decoder):
-            net.bf16 = args.precision == "bf16"  # the nets only: heads, posterior terms and losses stay in float32
-            if args.compile:
-                net.compile()
-    torch.manual_seed(stream_seed(args.seed, "noise", rank()))  # from here on each rank has its own
-    return model
+def progress(description: str, total: int) -> tqdm:
+    """A progress bar over images, on rank 0 and on a terminal only."""
+    return tqdm(desc=description, total=total, unit="img", leave=False, disable=rank() > 0 or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -987,66 +955,79 @@ def validating(model: nn.Module, device: torch.device, seed: int):
     set_random_states(states)
 
 
-def validation_batches(images: Tensor, batch_size: int):
-    """This rank's part of the images in float batches, in order, the last short one included."""
-    for batch in images[rank() :: world_size()].split(batch_size):
-        yield to_float(batch)
+def load_checkpoint(path: Path, restore) -> dict:
+    """restore(checkpoint), loaded without executing code from it. Raises UserError naming the file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        restore(state)
+        return state
+    except Exception as error:  # a damaged or foreign file raises almost anything
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot load the checkpoint {path}: {reason}") from None
+
+
+def load_trained(
+    folder: str | Path, nets, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, nn.Module, argparse.Namespace]:
+    """Encoder, decoder and arguments of the run in `folder`: its best checkpoint, in evaluation mode on `device`.
+
+    nets: the script's function that builds them, for example uae.nets. Raises UserError if the folder is no run or
+    its files are damaged.
+    """
+    args = argparse.Namespace(**load_json(Path(folder) / "args.json"))
+    try:
+        model = nn.ModuleDict(dict(zip(("encoder", "decoder"), nets(args), strict=True)))
+    except AttributeError as error:
+        raise UserError(f"{folder} is not a run of the script whose nets were given: {error}") from None
+    load_checkpoint(Path(folder) / "best.pt", lambda state: model.load_state_dict(state["model"]))
+    model.to(device).eval()
+    return model["encoder"], model["decoder"], args
 
 
 class Run:
-    """A run's folder: arguments, checkpoints (`last.pt`, `best.pt`), `metrics.csv`, and the meters between them."""
+    """A run's folder: args.json, metrics.csv and the checkpoints.
 
-    current = None  # the run that Ctrl-C stops
+    `best.pt` (best validation loss) and `last.pt` are dicts: `model` with the keys `encoder.…` and `decoder.…`,
+    `optimizer`, `scheduler`, `epoch`, `best` (validation loss), `history` (rows of metrics.csv), `random` (generator
+    states of each rank), `args`.
+    """
 
-    def __init__(self, args, model, optimizer, scheduler, data: Dataset, device) -> None:
-        self.args, self.model, self.optimizer, self.scheduler, self.device = args, model, optimizer, scheduler, device
+    current = None  # the one that Ctrl-C stops
+
+    def __init__(self, args, model: nn.Module, optimizer, scheduler, data: Dataset) -> None:
+        self.args, self.model, self.optimizer, self.scheduler, self.data = args, model, optimizer, scheduler, data
         self.epoch, self.best, self.history = 0, math.inf, []  # epochs done, best validation loss, rows of metrics.csv
-        self.bar, self.names, self.pending, self.logged = None, [], [], []
+        self.logged = []  # [(parts of the loss, images)] since the last call of `means`
+        self.started, self.speed = time.perf_counter(), 0.0  # of the epoch; training images/s
+        self.device = data.train.device
         folder = args.resume or args.eval_only
-        self.dir = Path(folder) if folder else Path(from_rank_zero(self._new_folder))
+        self.dir = Path(folder) if folder else from_rank_zero(lambda: new_folder(args))
         if args.resume:
+            load_checkpoint(self.dir / "last.pt", self._restore)
             for leftover in self.dir.glob(".*.tmp") if rank() == 0 else ():  # of a killed run
                 leftover.unlink(missing_ok=True)
-            self.load(self.dir / "last.pt", self._restore)
-        if rank() == 0 and not args.eval_only:
-            write_file(self.dir / "args.json", json.dumps(vars(args), indent=1))
-        Run.current = self
-        if self.epoch == 0 and not args.eval_only:
-            self.save()  # from here on there is always a checkpoint to resume from
+        if not args.eval_only:
+            if rank() == 0:
+                write_file(self.dir / "args.json", json.dumps(vars(args), indent=1))
+            if self.epoch == 0:
+                self.save()  # from here on there is always a checkpoint to resume from
         if rank() == 0:
-            counts = f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images"
-            ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
-            print(f"{data.name}: {counts}, {data.preprocessing}")
-            print(f"{args.script}.py on {device}{ranks}, {args.precision}, in {self.dir}/")
-            if not args.eval_only:
-                print(f"stopped, it goes on by: {self.resume_command()}", flush=True)
+            self._announce()
+        Run.current = self
+
+    def _announce(self) -> None:
+        args, data = self.args, self.data
+        ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
+        counts = f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images"
+        print(f"{data.name}: {counts}, {data.preprocessing}")
+        print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/")
+        if not args.eval_only:
+            print(f"stopped, it goes on by: {self.resume_command()}", flush=True)
 
     def resume_command(self) -> str:
+        """The command that goes on with the run."""
         launcher = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
         return f"{launcher} {self.args.script}.py --resume {self.dir}"
-
-    def _new_folder(self) -> str:
-        for copy in range(1, 1000):
-            folder = Path(self.args.out) / (self.args.name + (f"-{copy}" if copy > 1 else ""))
-            try:
-                folder.mkdir(parents=True)
-                return str(folder)
-            except FileExistsError:
-                if not folder.is_dir():
-                    raise UserError(f"--out {self.args.out}: {folder} is in the way") from None
-            except OSError as error:
-                raise UserError(f"--out {self.args.out}: cannot make {folder}: {error.strerror}") from None
-        raise UserError(f"--out {self.args.out}: there are 999 runs named {self.args.name}, remove some")
-
-    def load(self, path: Path, restore) -> dict:
-        """restore(checkpoint), loaded without executing code from it. Raises UserError naming the file."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            restore(state)
-            return state
-        except Exception as error:  # a damaged or foreign file raises almost anything
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(f"cannot load the checkpoint {path}: {reason}") from None
 
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -1055,75 +1036,55 @@ class Run:
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
         set_random_states(state["random"][rank()])
 
-    def load_best(self) -> dict:
-        """Put the weights with the best validation loss into the model, return their checkpoint."""
-        return self.load(self.dir / "best.pt", lambda state: self.model.load_state_dict(state["model"]))
-
-    def batches(self, images: Tensor):
-        """An epoch of training batches under a progress bar that shows the loss and the images/s of all ranks."""
-        args, self.images, self.started = self.args, 0, time.perf_counter()
-        self.flushed, self.lr = self.started, self.optimizer.param_groups[0]["lr"]
-        description, total = f"epoch {self.epoch + 1}/{args.epochs}", len(images)
-        with tqdm(total=total, desc=description, unit="img", disable=rank() > 0, leave=False) as self.bar:
-            shuffle = stream_seed(args.seed, "shuffle", epoch=self.epoch)  # the same on all ranks
+    def batches(self) -> Iterator[Tensor]:
+        """An epoch of this rank's training batches, under a progress bar that shows the images/s of all ranks."""
+        args, images = self.args, self.data.train
+        shuffle = stream_seed(args.seed, "shuffle", epoch=self.epoch)  # the same on all ranks
+        start, done = time.perf_counter(), 0
+        with progress(f"epoch {self.epoch + 1}/{args.epochs}", len(images)) as bar:
             for x in epoch_batches(images, args.batch_size, shuffle, args.flip):
                 yield x
-                self.last_batch = x
-                self.images += len(x) * world_size()
-                self.bar.update(len(x) * world_size())
+                done += len(x) * world_size()
+                bar.update(len(x) * world_size())
+        self.speed = done / (time.perf_counter() - start)
 
     def log(self, parts: dict[str, Tensor], images: int) -> None:
-        """Keep a step's losses on the device; about once a second fetch, show and check them for NaN and infinity."""
-        self.names = list(parts)
-        self.pending.append((torch.stack(list(parts.values())).detach(), images))
-        if time.perf_counter() - self.flushed > 1:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self.pending:
-            return
-        values = torch.stack([value for value, _ in self.pending]).cpu().double()  # [steps, parts]
-        finite = values.isfinite().all(1)
-        if not finite.all():
-            bad = int(finite.long().argmin())
-            parts = ", ".join(f"{name} {v:g}" for name, v in zip(self.names, values[bad].tolist(), strict=True))
-            raise UserError(
-                f"the loss is not finite in epoch {self.epoch + 1}, step {len(self.logged) + bad + 1} ({parts}): "
-                f"lower --lr; {self.dir / 'last.pt'} is the last good checkpoint"
-            )
-        self.logged += [(value, images) for value, (_, images) in zip(values, self.pending, strict=True)]
-        self.pending, self.flushed = [], time.perf_counter()
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{values[-1, 0].item():.5f}", refresh=False)
+        """Keep a step's losses, on the device."""
+        self.logged.append(({name: part.detach() for name, part in parts.items()}, images))
 
     def means(self) -> dict[str, float]:
-        """The image-weighted means over all ranks of what was logged since the last call."""
-        self._flush()
+        """The image-weighted means over all ranks of what was logged since the last call. Raises UserError for NaN."""
+        names = list(self.logged[0][0])
+        values = torch.stack([torch.stack(list(parts.values())) for parts, _ in self.logged]).cpu().double()
         weights = torch.tensor([images for _, images in self.logged], dtype=torch.float64)
-        sums = torch.cat([(torch.stack([v for v, _ in self.logged]) * weights[:, None]).sum(0), weights.sum()[None]])
-        sums = sums.float() if self.device.type == "mps" else sums
+        self.logged = []
+        if not values.isfinite().all():  # [steps, parts]
+            step = int(values.isfinite().all(1).long().argmin())
+            parts = ", ".join(f"{name} {value:g}" for name, value in zip(names, values[step].tolist(), strict=True))
+            raise UserError(
+                f"the loss is not finite in epoch {self.epoch + 1}, step {step + 1} ({parts}): "
+                f"lower --lr; {self.dir / 'last.pt'} is the last good checkpoint"
+            )
+        sums = torch.cat([(values * weights[:, None]).sum(0), weights.sum()[None]])
         if dist.is_initialized():
             sums = sums.to(self.device)
             dist.all_reduce(sums)
-        self.logged = []
-        if self.bar is not None:  # the training part of the epoch is done
-            self.bar, self.train_seconds = None, time.perf_counter() - self.started
-        return dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
-    def end_epoch(self, train: dict[str, float], validation: dict[str, float]) -> None:
-        """Count the epoch, keep its row of metrics.csv, and write the checkpoints."""
+    def end_epoch(self, lr: float, train: dict[str, float], validation: dict[str, float]) -> None:
+        """Count the epoch, keep its row of metrics.csv, print it, and write the checkpoints."""
+        seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         self.epoch += 1
-        speed = self.images / self.train_seconds
-        row = {"epoch": self.epoch, "lr": self.lr}  # the epoch's own rate
+        row = {"epoch": self.epoch, "lr": lr}
         row |= {f"train_{name}": value for name, value in train.items()}
         row |= {f"val_{name}": value for name, value in validation.items()}
-        if getattr(self.args, "gradient_noise", False):
-            row |= gradient_noise(self.model["encoder"], self.model["decoder"], self.last_batch, self.args.kappa)
-        self.history.append(row | {"seconds": time.perf_counter() - self.started, "images_per_s": speed})
+        self.history.append(row | {"seconds": seconds, "images_per_s": self.speed})
         if rank() == 0:
-            tqdm.write(
-                f"epoch {self.epoch:3d}  train {train['loss']:.5f}  validation {validation['loss']:.5f}"
-                f"  lr {row['lr']:.2g}  {speed:.0f} images/s"
+            left = (self.args.epochs - self.epoch) * statistics.median(row["seconds"] for row in self.history)
+            print(
+                f"epoch {self.epoch}/{self.args.epochs}  train {train['loss']:.5f}  validation {validation['loss']:.5f}"
+                f"  lr {lr:.2g}  {self.speed:.0f} images/s  about {duration(left)} left",
+                flush=True,
             )
         improved = validation["loss"] < self.best
         self.best = min(self.best, validation["loss"])
@@ -1131,7 +1092,7 @@ class Run:
 
     def save(self, improved: bool = True) -> None:
         """Write metrics.csv, best.pt if the epoch was the best, and last.pt, each atomically; last.pt, from which the
-        others can be made again, comes last."""
+        others can be made again, comes last. All ranks wait until the files are there."""
         states = random_states(self.device)
         every = [states] * world_size()
         if dist.is_initialized():
@@ -1147,13 +1108,25 @@ class Run:
                 "random": every,
                 "args": vars(self.args),
             }
+
+            def save(file) -> None:
+                torch.save(state, file.name)  # by name: an interrupt in a write to `file` would be a RuntimeError
+
             if self.history:
                 write_file(self.dir / "metrics.csv", csv_text(self.history))
             if improved:
-                write_file(self.dir / "best.pt", lambda file: torch.save(state, file))
-            write_file(self.dir / "last.pt", lambda file: torch.save(state, file))
+                write_file(self.dir / "best.pt", save)
+            write_file(self.dir / "last.pt", save)
         if dist.is_initialized():
-            dist.barrier()  # every rank reads best.pt next
+            dist.barrier()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def csv_text(rows: list[dict]) -> str:
@@ -1163,278 +1136,3 @@ def csv_text(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation in batches, pictures, benchmark, table
-
-
-def map_batches(function, inputs: Tensor, description: str, batch_size: int = 512) -> Tensor:
-    """function(batch) over inputs [N,...] in inference mode: all outputs [N,...], on the CPU.
-
-    Each rank does a part, and every rank gets the whole.
-    """
-    share = math.ceil(len(inputs) / world_size())
-    mine = inputs[rank() * share : (rank() + 1) * share]
-    outputs = []
-    with (
-        torch.inference_mode(),
-        tqdm(total=len(mine), desc=description, unit="img", disable=rank() > 0, leave=False) as bar,
-    ):
-        for batch in mine.split(batch_size) if len(mine) else ():
-            outputs.append(function(batch).cpu())
-            bar.update(len(batch))
-    if dist.is_initialized():
-        every = [None] * world_size()
-        dist.all_gather_object(every, outputs)
-        outputs = [output for part in every for output in part]
-    return torch.cat(outputs)
-
-
-def gradient_noise(encoder: nn.Module, decoder: nn.Module, x: Tensor, kappa: float = 0.5) -> dict[str, float]:
-    """Fig. 4: noise and bias of the decoder's gradients of ‖x - ½ Σ D(z_k)‖², x [B,C,H,W] (Appendix B, Eq. 21).
-
-    Medians over the decoder's weights j: `pair_cv`, the coefficient of variation σ_j/|m_j| over 50 draws of one random
-    pair of sigma points an image; `samples_cv`, the same over 200 draws of two random samples, whose mean m'_j stands
-    for the true gradient; `gradient_bias`, |m_j - m'_j|/|m'_j|, which holds the sampling error of both means.
-    `image_bias` is that of the mean decoded image, over its pixels. Both nets are in training mode for it, and are left
-    as they were, as is the random stream.
-    """
-    nets = nn.ModuleList([encoder, decoder])
-    states, buffers = random_states(x.device), [buffer.clone() for buffer in nets.buffers()]
-    training = [net.training for net in nets]
-    nets.train()
-    with torch.no_grad():
-        mu, scale = encoder(x)
-
-    def moments(sampler, draws: int, **options) -> tuple[Tensor, Tensor, Tensor]:
-        mean = squares = image = 0.0  # running mean, sum of squared deviations from it (Welford), mean decoded image
-        for i in range(1, draws + 1):
-            decoded = decoder(sampler(mu, scale, 2, **options).flatten(0, 1)).unflatten(0, (-1, 2)).mean(1)
-            gradients = torch.autograd.grad((x - decoded).square().mean(), list(decoder.parameters()))
-            gradient = torch.cat([g.flatten() for g in gradients])
-            difference = gradient - mean
-            mean = mean + difference / i
-            squares = squares + difference * (gradient - mean)
-            image = image + (decoded.detach() - image) / i
-        return mean, (squares / (draws - 1)).sqrt(), image
-
-    def median(a: Tensor, b: Tensor) -> float:
-        return (a.abs() / b.abs()).nanmedian().item()  # 0/0 where a weight has no gradient
-
-    m, deviation, image = moments(sample_sigma_points, 50, heuristic="pairs", kappa=kappa)
-    true_m, true_deviation, true_image = moments(sample_gaussian, 200)
-    for buffer, kept in zip(nets.buffers(), buffers, strict=True):
-        buffer.copy_(kept)
-    for net, mode in zip(nets, training, strict=True):
-        net.train(mode)
-    set_random_states(states)
-    return {
-        "pair_cv": median(deviation, m),
-        "samples_cv": median(true_deviation, true_m),
-        "gradient_bias": median(m - true_m, true_m),
-        "image_bias": median(image - true_image, true_image),
-    }
-
-
-def save_grid(path: Path, images: Tensor, columns: int = 12) -> None:
-    """uint8 images [N,C,H,W] as one PNG."""
-    from torchvision.utils import save_image
-
-    write_file(path, lambda file: save_image(images.float() / 255, file, format="png", nrow=columns, padding=1))
-
-
-def save_curves(path: Path, history: list[dict]) -> None:
-    """Curves of metrics.csv: a panel for each part of the loss (`train_loss`, `val_loss`), and for Fig. 4a and 4b."""
-    from matplotlib.figure import Figure
-
-    panels = {}
-    for column in history[0]:
-        if column not in ("epoch", "lr", "seconds", "images_per_s"):
-            panels.setdefault(column.split("_", 1)[1], []).append(column)
-    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
-    for (name, columns), axes in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        for column in columns:
-            axes.plot([row["epoch"] for row in history], [row[column] for row in history], label=column)
-        axes.set(title=name, xlabel="epoch")
-        axes.legend()
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
-    """Fig. 5: histograms of |mean| (top) and variance (bottom) of 1000 posteriors, the first 16 dimensions."""
-    from matplotlib.figure import Figure
-
-    dimensions = min(16, mu.shape[1])
-    figure = Figure(figsize=(1.4 * dimensions, 3.2), layout="constrained")
-    axes = figure.subplots(2, dimensions, squeeze=False, sharey="row")
-    for i in range(dimensions):
-        axes[0, i].hist(mu[:1000, i].abs(), bins=30, color="tab:blue")
-        axes[1, i].hist(variance[:1000, i], bins=30, range=(0, max(1.2, variance.max().item())), color="tab:orange")
-        axes[0, i].set_title(f"z{i + 1}")
-    axes[0, 0].set_ylabel("|mean|")
-    axes[1, 0].set_ylabel("variance")
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=80))
-
-
-def benchmark(train_step, model: nn.Module, args: argparse.Namespace, device: torch.device) -> dict:
-    """Time `train_step(x)` on random images and print what it costs; nothing is trained that is kept."""
-    import resource
-
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def clock() -> float:
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        return time.perf_counter()
-
-    def timed(function, *inputs) -> float:
-        start = clock()
-        function(*inputs)
-        return clock() - start
-
-    def matmul_peak() -> float:  # FLOP/s of the best of a few products, in the precision of the nets
-        side = 8192 if device.type == "cuda" else 2048
-        a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else None)
-        image, kernel = a.view(1, 64, -1, side).permute(0, 3, 1, 2), a.view(side, side, 1, 1)
-        times = [timed(torch.matmul, a, a) for _ in range(10)]
-        times += [timed(F.conv2d, image, kernel) for _ in range(10)]  # the same product by the convolutions' library
-        return 2 * side**3 / min(times)
-
-    x = torch.rand(args.batch_size, args.channels, args.image_size, args.image_size, device=device) * 2 - 1
-    peak = matmul_peak()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    model.train()
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        train_step(x)
-    for _ in range(3):  # warm-up: memory, autotuning, compilation
-        train_step(x)
-    times = [timed(train_step, x) for _ in tqdm(range(args.benchmark), desc="steps", leave=False)]
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:  # of the process
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = max(peak, matmul_peak())
-    seconds, flop, points = statistics.median(times), counter.get_total_flops(), args.batch_size * getattr(args, "k", 1)
-    results = {
-        "ms": seconds * 1e3,
-        "images_per_s": args.batch_size / seconds,
-        "points_per_s": points / seconds,
-        "tflop": flop / 1e12,
-        "peak_matmul_tflops": peak / 1e12,
-        "memory_gib": memory / 2**30,
-    }
-    print(
-        f"{args.script}.py{' --stock' if args.stock else ''} on {device}, {args.precision}, "
-        f"{torch.get_num_threads()} CPU threads, width {args.width:g}: "
-        f"{args.batch_size} images {list(x.shape[1:])}, {points} decoded points a step, {args.benchmark} steps\n"
-        f"{results['images_per_s']:.2f} images/s, {results['points_per_s']:.1f} points/s, "
-        f"{results['ms']:.1f} ms a step ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f})\n"
-        f"{flop / 1e12:.3f} TFLOP a step at {flop / seconds / 1e12:.3f} TFLOP/s, "
-        f"{100 * flop / seconds / peak:.0f}% of the matrix product's {peak / 1e12:.3f}; "
-        f"peak memory {results['memory_gib']:.2f} GiB"
-    )
-    return results | _benchmark_loader(args, device, clock)
-
-
-def _benchmark_loader(args: argparse.Namespace, device: torch.device, clock) -> dict:
-    """Images/s of `epoch_batches` and of a DataLoader with torchvision transforms that gives the same batches."""
-    from torch.utils.data import DataLoader
-    from torch.utils.data import Dataset as TorchDataset
-    from torchvision.transforms import v2
-
-    shape = (args.channels, args.image_size, args.image_size)
-    images = torch.randint(0, 256, (max(20_000, args.batch_size), *shape), dtype=torch.uint8)
-    transform = [v2.RandomHorizontalFlip()] if args.flip else []
-    transform += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
-    transform = v2.Compose(transform)
-
-    class Images(TorchDataset):  # PIL images, as torchvision's data sets give them
-        def __len__(self) -> int:
-            return 20 * args.batch_size
-
-        def __getitem__(self, index: int) -> Tensor:
-            return transform(image_ops.to_pil_image(images[index % len(images)]))
-
-    def rate(batches) -> float:
-        start, count = clock(), 0
-        for x in batches:
-            count += len(x.to(device))
-        return count / (clock() - start)
-
-    resident, ours, theirs = images.to(device), [], []
-    for seed in range(5):  # in alternation
-        ours.append(rate(epoch_batches(resident, args.batch_size, seed, args.flip)))
-        theirs.append(rate(DataLoader(Images(), args.batch_size, shuffle=True, drop_last=True)))
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    a, b = statistics.median(ours), statistics.median(theirs)
-    print(f"loader {a:.0f} images/s; DataLoader without workers, same output, {b:.0f} images/s; ratio {ratio:.0f}")
-    return {"loader_images_per_s": a, "dataloader_images_per_s": b, "loader_ratio": ratio}
-
-
-# Rows of Table 2, then those of the other tables: the order of `python common.py runs/`
-ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "UT-VAE*", "UAE", "IWAE", "WAE-MMD"]
-
-
-def results_table(*folders: Path) -> str:
-    """One Markdown table of all results.json below the folders, a row per model and data set, mean ± standard deviation
-    over seeds; below it what has no row. Raises UserError if runs of one row differ in anything but the seed."""
-    ignored = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "benchmark", "gradient_noise"}
-    rows, left_out = {}, []
-    for run in sorted({file.parent for folder in folders for file in folder.rglob("args.json")}):
-        if not (run / "results.json").is_file():
-            left_out.append(f"{run} is not finished")
-    for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
-        result = load_json(file)
-        if result.get("metric", "") is None:
-            left_out.append(f"{file.parent} has no distances (--fid none)")
-            continue
-        try:
-            key = (result["data"]["name"], result["features"], result["model"])
-            result["settings"] = {k: v for k, v in result["args"].items() if k not in ignored}
-            result["settings"] |= {name: result[name] for name in ("images", "features_hash")}
-            result |= {name: float(result[name]) for name in ("reconstruction", "sample", "interpolation")}
-            result["seed"], result["count"] = result["args"]["seed"], result["images"]["test"]
-            rows.setdefault(key, []).append((file, result))
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"{file} is not a results.json of these scripts") from None
-    if not rows:
-        where = ", ".join(f"{folder}/" for folder in folders)
-        raise UserError("; ".join([f"no results.json with distances below {where}", *left_out]))
-    lines = ["| Data set | Model | Features | Images | Rec. | Sample | Interp. | Seeds |", "|" + "---|" * 8]
-
-    def place(key: tuple) -> tuple:
-        stem = re.sub("(?<!RAE)-GP|-full|[†²]", "", key[2].split(" ")[0])
-        return key[0], key[1], ORDER.index(stem) if stem in ORDER else len(ORDER), key[2]
-
-    for key in sorted(rows, key=place):
-        (first, reference), *others = rows[key]
-        for file, result in others:
-            a, b = reference["settings"], result["settings"]
-            differ = [f"{k} ({a.get(k)!r}, {b.get(k)!r})" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-            if differ:
-                both = f"{first.parent} and {file.parent} are both {key[2]} on {key[0]}"
-                raise UserError(f"{both} but differ in {', '.join(differ)}: remove one")
-        results = [result for _, result in rows[key]]
-        seeds = {}
-        for file, result in rows[key]:
-            if (other := seeds.setdefault(result["seed"], file)) != file:
-                raise UserError(f"{other.parent} and {file.parent} are one seed of {key[2]} on {key[0]}: remove one")
-        cells = []
-        for kind in ("reconstruction", "sample", "interpolation"):
-            values = [result[kind] for result in results]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        lines.append(f"| {key[0]} | {key[2]} | {key[1]} | {reference['count']} | {' | '.join(cells)} | {len(seeds)} |")
-    return "\n".join([*lines, *[f"\nleft out: {what}" for what in left_out]])
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="common.py", description="One Markdown table of every results.json below a folder.")
-    parser.add_argument("folders", type=Path, nargs="+", help="for example runs/")
-    print(results_table(*parser.parse_args(argv).folders))
-
-
-if __name__ == "__main__":
-    cli(main)

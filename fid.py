@@ -9,21 +9,24 @@ m and S are the mean and covariance of the 2048 pooled features of Inception v3.
     python fid.py A B --inception tf                           # the original FID weights
 
 FID depends on the weights, the resizing and the number of images: all of them are printed with every value.
+The first half of this file is the metric and its command, the second half the evaluation of a run.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import common
 from common import UserError
@@ -203,191 +206,6 @@ def _hash(tensors) -> str:
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
-def check_nets(encoder: nn.Module, decoder: nn.Module, data: common.Dataset) -> None:
-    """Raise UserError unless a few images go through the nets as `evaluate` needs it."""
-    x = common.to_float(data.train[:16])
-    with common.eval_mode(encoder), common.eval_mode(decoder), torch.compiler.set_stance("force_eager"):
-        posterior = encoder(x)
-        mean, *scale = posterior if isinstance(posterior, tuple) else (posterior,)
-        images = decoder(mean)
-    B, n = len(x), mean.shape[-1]
-    for s in scale:
-        if s.shape not in ((B, n), (B, n, n)):
-            raise UserError(f"the encoder's scale is {list(s.shape)}: standard deviations [{B},{n}] or L [{B},{n},{n}]")
-        smallest = (s if s.dim() == 2 else s.diagonal(dim1=1, dim2=2)).min().item()
-        if not smallest > 0:
-            raise UserError(
-                f"the encoder's scale is {smallest:.3g} somewhere: return (mean, scale) with scale = "
-                "exp(logvar / 2) or a Cholesky factor, not the log-variance"
-            )
-    if images.shape != x.shape or not images.abs().max() <= 1:
-        found = f"{list(images.shape)} from {images.min():.3g} to {images.max():.3g}"
-        raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
-
-
-def load_features(
-    args: argparse.Namespace, data: common.Dataset, encoder: nn.Module, decoder: nn.Module, device: torch.device
-):
-    """The features that --fid names, or None for `none`: whatever is missing or unfit is missed before training."""
-    check_nets(encoder, decoder, data)
-    if args.fid == "none":
-        return None
-    smallest = min(len(data.val), len(data.test))
-    if len(data.train) < COMPONENTS or smallest < 2:
-        counts = f"{len(data.train)} training and {smallest} validation or test images"
-        raise UserError(f"{counts} are too few to be evaluated (10 and 2): use --fid none")
-    if args.fid == "digits":
-        if args.dataset != "digits" or args.image_size != 32:
-            raise UserError("--fid digits is for --dataset digits at 32x32: use imagenet, tf, none or a path")
-        return DigitsFeatures()
-    with common.rank_zero_first():
-        return InceptionFeatures(args.fid).to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The three-way evaluation
-
-COMPONENTS = 10  # of the ex-post mixture (Sec. 5.1)
-
-
-def mixture_samples(means: Tensor, count: int, seed: int) -> Tensor:
-    """`count` draws [count,n] from a 10-component full-covariance Gaussian mixture fitted to means [N,n] (Sec. 5.1)."""
-    from sklearn.mixture import GaussianMixture
-
-    mixture = GaussianMixture(min(COMPONENTS, len(means)), covariance_type="full", random_state=seed)
-    samples, _ = mixture.fit(means.double().numpy()).sample(count)
-    samples = samples[np.random.default_rng(seed).permutation(count)]  # they come sorted by component
-    return torch.from_numpy(samples).float()
-
-
-def reference_statistics(features, data: common.Dataset, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Feature statistics of the test images, cached below data_dir; a cache file that does not fit is made anew."""
-    key = {
-        "dataset": data.name,
-        "split": "test",
-        "preprocessing": data.preprocessing,
-        "features": [features.name, features.hash],
-        "images": len(data.test),
-        "pixels": _hash([data.test]),
-    }
-    key = json.dumps(key)
-    file = data_dir / "fid" / f"{data.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-
-    def cached() -> tuple[np.ndarray, np.ndarray] | None:
-        try:
-            with np.load(file, allow_pickle=False) as saved:
-                mu, sigma = saved["mu"], saved["sigma"]
-                fits = str(saved["key"]) == key and sigma.shape == (*mu.shape, *mu.shape) and np.isfinite(sigma).all()
-                return (mu, sigma) if fits else None
-        except Exception:  # missing, damaged or foreign: np.load raises almost anything
-            return None
-
-    found = common.from_rank_zero(cached)  # one rank looks, so that all do the same
-    if found:
-        return found
-    mu, sigma = feature_statistics(common.map_batches(features, data.test, "features of the test images", BATCH))
-    if common.rank() == 0:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            common.write_file(file, lambda f: np.savez(f, mu=mu, sigma=sigma, key=key))
-        except (OSError, UserError) as error:
-            warnings.warn(f"the statistics of the test images are not cached: {error}", stacklevel=2)
-    return mu, sigma
-
-
-def evaluate(
-    run: common.Run, label: str, encoder: nn.Module, decoder: nn.Module, data: common.Dataset, features
-) -> dict:
-    """Appendix A on the best checkpoint: one image per input, decoded from the posterior mean, against the test images.
-
-    Reconstruction: decoded validation means. Sample: decoded draws from a mixture fitted to the training means.
-    Interpolation: decoded mid-points (slerp) of random pairs of validation means. Writes results.json and the
-    pictures, prints the table, returns the results. No image passes through the disk.
-
-    encoder: x [B,C,H,W] in [-1,1] -> z [B,n], or (mean [B,n], scale), where scale is the square root of the covariance:
-    standard deviations [B,n] (exp(logvar / 2), not the log-variance) or a lower-triangular L [B,n,n].
-    decoder: z [B,n] -> images [B,C,H,W] in [-1,1], not in [0,1].
-    """
-    args, count = run.args, len(data.test)
-    checkpoint = run.load_best()
-    run.model.eval()
-
-    def encode(images: Tensor) -> Tensor:
-        posterior = encoder(common.to_float(images))
-        return posterior[0] if isinstance(posterior, tuple) else posterior  # the mean [B,n]
-
-    def decode(z: Tensor) -> Tensor:
-        return common.to_uint8(decoder(z.to(run.device)))
-
-    train = common.map_batches(encode, data.train, "means of the training images")
-    val = common.map_batches(encode, data.val, "means of the validation images")
-    mixture_seed, pairs_seed = (common.stream_seed(args.seed, purpose) for purpose in ("mixture", "pairs"))
-    pairs = torch.randint(len(val), (2, count), generator=torch.Generator().manual_seed(pairs_seed))
-    codes = {
-        "reconstruction": val,
-        "sample": common.from_rank_zero(lambda: mixture_samples(train, count, mixture_seed)),
-        "interpolation": common.slerp(val[pairs[0]], val[pairs[1]]),
-    }
-    images = {name: common.map_batches(decode, z, f"decoding: {name}") for name, z in codes.items()}
-    results = {
-        "model": label,
-        "script": args.script,
-        "data": {"name": data.name, "split": "test", "preprocessing": data.preprocessing},
-        "images": {"train": len(data.train), "test": count} | {name: len(z) for name, z in codes.items()},
-        "image_size": args.image_size,
-        "quantisation": "uint8, rounded",
-        "best_epoch": checkpoint["epoch"],  # 0: the untrained net
-        "best_validation_loss": checkpoint["best"] if checkpoint["epoch"] else None,
-        "validation_mse": float(
-            (common.to_float(images["reconstruction"]) - common.to_float(data.val.cpu())).square().mean()
-        ),
-        "metric": None,
-        "features": "none",
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "scipy": scipy.__version__},
-        "args": vars(args),
-    }
-    if features is not None:
-        results |= {"metric": "FDD" if features.name == "digits-mlp" else "FID", "features": features.name}
-        results |= {"features_hash": features.hash, "method": args.fid_method}
-        reference = reference_statistics(features, data, Path(args.data_dir))
-        for name, fakes in images.items():
-            fakes = common.map_batches(features, fakes, f"features: {name}", BATCH)
-            if common.rank() == 0:
-                results[name] = frechet_distance(*feature_statistics(fakes), *reference, args.fid_method)
-    if common.rank() == 0:
-        _write_results(run, results, images, encoder, data)
-    return results
-
-
-def _write_results(run: common.Run, results: dict, images: dict[str, Tensor], encoder: nn.Module, data) -> None:
-    folder, grid = run.dir, 48
-    inputs, outputs = data.val[:grid].cpu(), images["reconstruction"][:grid]
-    rows = [part for pair in zip(inputs.split(12), outputs.split(12), strict=True) for part in pair]
-    common.save_grid(folder / "reconstructions.png", torch.cat(rows))
-    common.save_grid(folder / "samples.png", images["sample"][: 2 * grid])
-    common.save_grid(folder / "interpolations.png", images["interpolation"][: 2 * grid])
-    if run.history:
-        common.save_curves(folder / "curves.png", run.history)
-    with torch.inference_mode():
-        posterior = encoder(common.to_float(data.val[:1000]))
-    if isinstance(posterior, tuple):
-        mu, scale = posterior
-        variance = scale.square() if scale.dim() == 2 else scale.square().sum(-1)  # Σ_ii
-        results["mean_variance"] = variance.mean().item()
-        results["collapsed_dimensions"] = int((variance.mean(0) > 0.9).sum())  # variance of the prior (Appendix H)
-        common.save_posterior(folder / "posterior.png", mu.cpu(), variance.cpu())
-    common.write_file(folder / "results.json", json.dumps(results, indent=1))
-    print(f"\n{results['model']} on {results['data']['name']}, epoch {results['best_epoch']} (best validation loss)")
-    print(f"{'reconstruction MSE':20s} {results['validation_mse']:10.5f}   {len(data.val)} validation images")
-    for name in ("reconstruction", "sample", "interpolation") if results["metric"] else ():
-        against = (
-            f"{results['images'][name]} images against {results['images']['test']} test images, {results['features']}"
-        )
-        print(f"{results['metric'] + ' ' + name:20s} {results[name]:10.3f}   {against}")
-    print(f"everything is in {folder}/")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -408,7 +226,7 @@ def folder_statistics(
 ) -> tuple[np.ndarray, np.ndarray, str, str]:
     """The same from a folder of images, each resized by itself. Raises UserError naming a broken file."""
     files, outputs, sizes = common.image_files(path), [], set()
-    with tqdm(total=len(files), desc=f"features of {path.name}", unit="img", leave=False) as bar:
+    with common.progress(f"features of {path.name}", len(files)) as bar:
         for start in range(0, len(files), batch_size):
             images = [common.read_image(file) for file in files[start : start + batch_size]]
             sizes |= {f"{image.shape[2]}x{image.shape[1]}" for image in images}
@@ -459,6 +277,238 @@ def main(argv: list[str] | None = None) -> float | None:
     )
     print(f"FID {distance:.4f}   {source} and {statistics[1][2]}, {known}, {args.fid_method}")
     return distance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three-way evaluation of a run
+
+COMPONENTS = 10  # of the ex-post mixture (Sec. 5.1)
+KINDS = ("reconstruction", "sample", "interpolation")
+
+
+@torch.no_grad()
+def check_nets(encoder: nn.Module, decoder: nn.Module, data: common.Dataset) -> None:
+    """Raise UserError unless a few images go through the nets as `evaluate` needs it."""
+    x = common.to_float(data.train[:16])
+    with common.eval_mode(encoder), common.eval_mode(decoder), torch.compiler.set_stance("force_eager"):
+        posterior = encoder(x)
+        mean, *scale = posterior if isinstance(posterior, tuple) else (posterior,)
+        images = decoder(mean)
+    B, n = len(x), mean.shape[-1]
+    for s in scale:
+        if s.shape not in ((B, n), (B, n, n)):
+            raise UserError(f"the encoder's scale is {list(s.shape)}: standard deviations [{B},{n}] or L [{B},{n},{n}]")
+        smallest = (s if s.dim() == 2 else s.diagonal(dim1=1, dim2=2)).min().item()
+        if not smallest > 0:
+            raise UserError(
+                f"the encoder's scale is {smallest:.3g} somewhere: return (mean, scale) with scale = "
+                "exp(logvar / 2) or a Cholesky factor, not the log-variance"
+            )
+    if images.shape != x.shape or not images.abs().max() <= 1:
+        found = f"{list(images.shape)} from {images.min():.3g} to {images.max():.3g}"
+        raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
+
+
+def load_features(args: argparse.Namespace, data: common.Dataset, model: nn.ModuleDict):
+    """The features that --fid names, or None for `none`: whatever is missing or unfit is missed before training."""
+    check_nets(model["encoder"], model["decoder"], data)
+    if args.fid == "none":
+        return None
+    smallest = min(len(data.val), len(data.test))
+    if len(data.train) < COMPONENTS or smallest < 2:
+        counts = f"{len(data.train)} training and {smallest} validation or test images"
+        raise UserError(f"{counts} are too few to be evaluated (10 and 2): use --fid none")
+    if args.fid == "digits":
+        if args.dataset != "digits" or args.image_size != 32:
+            raise UserError("--fid digits is for --dataset digits at 32x32: use --fid imagenet, tf, none or a path")
+        return DigitsFeatures()
+    with common.rank_zero_first():
+        return InceptionFeatures(args.fid).to(data.train.device)
+
+
+def map_batches(function, inputs: Tensor, description: str, batch_size: int = 512) -> Tensor:
+    """function(batch) over inputs [N,...] in inference mode: all outputs [N,...], on the CPU.
+
+    Each rank does a part, and every rank gets the whole.
+    """
+    share, outputs = math.ceil(len(inputs) / common.world_size()), []
+    mine = inputs[common.rank() * share : (common.rank() + 1) * share]
+    with torch.inference_mode(), common.progress(description, len(mine)) as bar:
+        for batch in mine.split(batch_size) if len(mine) else ():
+            outputs.append(function(batch).cpu())
+            bar.update(len(batch))
+    if dist.is_initialized():
+        every = [None] * common.world_size()
+        dist.all_gather_object(every, outputs)
+        outputs = [output for part in every for output in part]
+    return torch.cat(outputs)
+
+
+def fit_mixture(means: Tensor, file: Path, seed: int) -> None:
+    """Fit a 10-component full-covariance Gaussian mixture to means [N,n] (Sec. 5.1) and save it: `weights` [10],
+    `means` [10,n], `covariances` [10,n,n]."""
+    from sklearn.mixture import GaussianMixture
+
+    mixture = GaussianMixture(min(COMPONENTS, len(means)), covariance_type="full", random_state=seed)
+    mixture.fit(means.double().numpy())
+    parts = {"weights": mixture.weights_, "means": mixture.means_, "covariances": mixture.covariances_}
+    common.write_file(file, lambda f: np.savez(f, **parts))
+
+
+def sample_latents(folder: str | Path, count: int, seed: int = 0) -> Tensor:
+    """`count` latents [count,n] to decode into new images, from the mixture that a run fitted to its means.
+
+    (N(0, I) is not where the latents of these models lie.) Raises UserError if there is no mixture.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    file = Path(folder) / "mixture.npz"
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            mixture = GaussianMixture(len(saved["weights"]), covariance_type="full", random_state=seed)
+            mixture.weights_, mixture.means_, mixture.covariances_ = (
+                saved[n] for n in ("weights", "means", "covariances")
+            )
+        samples, _ = mixture.sample(count)
+    except Exception as error:  # missing, damaged or foreign: np.load raises almost anything
+        raise UserError(f"cannot read the mixture {file}: {error}; --eval-only {folder} makes it") from None
+    samples = samples[np.random.default_rng(seed).permutation(count)]  # they come sorted by component
+    return torch.from_numpy(samples).float()
+
+
+def evaluate(run: common.Run, data: common.Dataset, features) -> dict:
+    """Appendix A on the best checkpoint: one image per input, decoded from the posterior mean, against the test images.
+
+    Reconstruction: decoded validation means. Sample: decoded draws from a mixture fitted to the training means.
+    Interpolation: decoded mid-points (slerp) of random pairs of validation means. Writes results.json, the mixture and
+    the pictures, prints the table, returns the results. No image passes through the disk. What the run's model must be:
+
+    encoder: x [B,C,H,W] in [-1,1] -> z [B,n], or (mean [B,n], scale), where scale is the square root of the covariance:
+    standard deviations [B,n] (exp(logvar / 2), not the log-variance) or a lower-triangular L [B,n,n].
+    decoder: z [B,n] -> images [B,C,H,W] in [-1,1], not in [0,1].
+    """
+    args, count = run.args, len(data.test)
+    best = common.load_checkpoint(run.dir / "best.pt", lambda state: run.model.load_state_dict(state["model"]))
+    encoder, decoder = run.model.eval().values()
+
+    def encode(images: Tensor) -> Tensor:
+        posterior = encoder(common.to_float(images))
+        return posterior[0] if isinstance(posterior, tuple) else posterior  # the mean [B,n]
+
+    def decode(z: Tensor) -> Tensor:
+        return common.to_uint8(decoder(z.to(run.device)))
+
+    train = map_batches(encode, data.train, "means of the training images")
+    val = map_batches(encode, data.val, "means of the validation images")
+    mixture_seed, pairs_seed = (common.stream_seed(args.seed, purpose) for purpose in ("mixture", "pairs"))
+    if common.rank() == 0:
+        fit_mixture(train, run.dir / "mixture.npz", mixture_seed)
+    pairs = torch.randint(len(val), (2, count), generator=torch.Generator().manual_seed(pairs_seed))
+    codes = {
+        "reconstruction": val,
+        "sample": common.from_rank_zero(lambda: sample_latents(run.dir, count, mixture_seed)),
+        "interpolation": common.slerp(val[pairs[0]], val[pairs[1]]),
+    }
+    images = {kind: map_batches(decode, z, f"decoding: {kind}") for kind, z in codes.items()}
+    error = common.to_float(images["reconstruction"]) - common.to_float(data.val.cpu())
+    with torch.inference_mode():
+        posterior = encoder(common.to_float(data.val[:1000]))
+    gaussian = isinstance(posterior, tuple)
+    variance = common.variances(posterior[1]).cpu() if gaussian else None  # Σ_ii [1000,n]
+    results = {
+        "model": args.label,
+        "script": args.script,
+        "data": {"name": data.name, "split": "test", "preprocessing": data.preprocessing},
+        "images": {"train": len(data.train), "test": count} | {kind: len(z) for kind, z in codes.items()},
+        "image_size": args.image_size,
+        "quantisation": "uint8, rounded",
+        "best_epoch": best["epoch"],  # 0: the untrained net
+        "best_validation_loss": best["best"] if best["epoch"] else None,
+        "validation_mse": error.square().mean().item(),
+        **({"mean_variance": variance.mean().item()} if gaussian else {}),
+        # dimensions with the variance of the prior (Appendix H)
+        **({"collapsed_dimensions": int((variance.mean(0) > 0.9).sum())} if gaussian else {}),
+        **distances(features, images, data.test, args.fid_method),
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "scipy": scipy.__version__},
+        "args": vars(args),
+    }
+    if common.rank() == 0:
+        common.write_file(run.dir / "results.json", json.dumps(results, indent=1))
+        save_pictures(run.dir, images, data.val, run.history)
+        if gaussian:
+            save_posterior(run.dir / "posterior.png", posterior[0].cpu(), variance)
+        print_results(results, run.dir)
+    return results
+
+
+def distances(features, images: dict[str, Tensor], test: Tensor, method: str) -> dict:
+    """The Fréchet distance of each kind of images to the test images, and what it was measured with."""
+    if features is None:
+        return {"metric": None, "features": "none"}
+    reference = feature_statistics(map_batches(features, test, "features of the test images", BATCH))
+    values = {}
+    for kind, fakes in images.items():
+        outputs = map_batches(features, fakes, f"features: {kind}", BATCH)
+        distance = partial(frechet_distance, *feature_statistics(outputs), *reference, method)
+        values[kind] = common.from_rank_zero(distance)
+    metric = "FDD" if features.name == "digits-mlp" else "FID"
+    return {"metric": metric, "features": features.name, "features_hash": features.hash, "method": method} | values
+
+
+def print_results(results: dict, folder: Path) -> None:
+    """The results as a table, each distance with its counts and features."""
+    images = results["images"]
+    print(f"\n{results['model']} on {results['data']['name']}, epoch {results['best_epoch']} (best validation loss)")
+    print(
+        f"{'reconstruction MSE':20s} {results['validation_mse']:10.5f}   {images['reconstruction']} validation images"
+    )
+    for kind in KINDS if results["metric"] else ():
+        against = f"{images[kind]} images against {images['test']} test images, {results['features']}"
+        print(f"{results['metric'] + ' ' + kind:20s} {results[kind]:10.3f}   {against}")
+    print(f"everything is in {folder}/")
+
+
+def save_pictures(folder: Path, images: dict[str, Tensor], inputs: Tensor, history: list[dict]) -> None:
+    """The three grids of images (rows of inputs above their reconstructions), and the curves of metrics.csv."""
+    from matplotlib.figure import Figure
+    from torchvision.utils import save_image
+
+    rows = zip(inputs[:48].cpu().split(12), images["reconstruction"][:48].split(12), strict=True)
+    grids = {
+        "reconstructions.png": torch.cat([part for row in rows for part in row]),
+        "samples.png": images["sample"][:96],
+        "interpolations.png": images["interpolation"][:96],
+    }
+    for name, grid in grids.items():
+        save = partial(save_image, grid.float() / 255, format="png", nrow=12, padding=1)
+        common.write_file(folder / name, lambda file, save=save: save(fp=file))
+    if not history:
+        return
+    names = [column.removeprefix("train_") for column in history[0] if column.startswith("train_")]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        for part in ("train", "val"):
+            axes.plot([row["epoch"] for row in history], [row[f"{part}_{name}"] for row in history], label=part)
+        axes.set(title=name, xlabel="epoch")
+        axes.legend()
+    common.write_file(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
+    """Fig. 5: histograms of |mean| (top) and variance (bottom) of 1000 posteriors, the first 16 dimensions."""
+    from matplotlib.figure import Figure
+
+    dimensions = min(16, mu.shape[1])
+    figure = Figure(figsize=(1.4 * dimensions, 3.2), layout="constrained")
+    axes = figure.subplots(2, dimensions, squeeze=False, sharey="row")
+    for i in range(dimensions):
+        axes[0, i].hist(mu[:, i].abs(), bins=30, histtype="stepfilled", color="tab:blue")
+        limits = 0, max(1.2, variance.max().item())
+        axes[1, i].hist(variance[:, i], bins=30, range=limits, histtype="stepfilled", color="tab:orange")
+        axes[0, i].set_title(f"z{i + 1}")
+    axes[0, 0].set_ylabel("|mean|")
+    axes[1, 0].set_ylabel("variance")
+    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=80))
 
 
 if __name__ == "__main__":

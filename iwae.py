@@ -8,10 +8,11 @@
 
 The bound stands at the scale of the other models' losses: with K = 1 it is the VAE's one-sample objective, and more
 samples lower it. Samples with a smaller ℓ_k weigh more. What the paper leaves open: ‖·‖² of images is the mean over
-pixels. README.md lists every such decision.
+pixels. paper/README.md lists every such decision.
 """
 
 import math
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,25 @@ from torch import Tensor, nn
 import common
 import fid
 from common import Decoder, Encoder, GaussianHead, sample_gaussian
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """The flags of this script, checked, and what the data set or the saved run gives for those not given."""
+    parser = common.argument_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--k", type=common.number(int, 1), default=8, help="importance samples an image")
+    args = common.parse_args(parser, argv)
+    if args.beta == 0:
+        raise common.UserError("--beta 0: the bound divides by beta, give a number above 0")
+    args.label = f"IWAE {args.k}x"
+    return args
+
+
+def nets(args: Namespace) -> tuple[nn.Module, Decoder]:
+    """Encoder, x [B,C,H,W] -> mu [B,n] and scale [B,n]; decoder, z [M,n] -> images [M,C,H,W] (Table 4)."""
+    net = Encoder(args.channels, args.image_size, args.width)
+    encoder = nn.Sequential(net, GaussianHead(net.features, args.latent_dim))
+    return encoder, Decoder(args.latent_dim, args.channels, args.image_size, args.width)
 
 
 def log_ratio(z: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -32,7 +52,7 @@ def bound(losses: Tensor, beta: float) -> Tensor:
     return -beta * ((-losses / beta).logsumexp(1) - math.log(losses.shape[1]))
 
 
-def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Tensor]:
+def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> dict[str, Tensor]:
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     mu, sigma = encoder(x)  # [B,n] each
     z = sample_gaussian(mu, sigma, args.k)  # [B,K,n], Eq. 4
@@ -44,49 +64,33 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = common.argument_parser(__file__, __doc__)
-    add = parser.add_argument
-    add("--k", type=common.number(int, 1), default=8, help="importance samples an image")
-    args = common.parse_args(parser, argv)
-    if args.beta == 0:
-        raise common.UserError("--beta 0: the bound divides by beta, give a number above 0")
-    label = f"IWAE {args.k}x"
+    args = arguments(argv)
     device = common.start(args)
-
-    net = Encoder(args.channels, args.image_size, args.width)
-    encoder = nn.Sequential(net, GaussianHead(net.features, args.latent_dim))
-    decoder = Decoder(args.latent_dim, args.channels, args.image_size, args.width)
-    model = common.prepare(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), args, device)
+    model = common.prepare(nets(args), args, device)
+    encoder, decoder = model.values()
+    data = common.load_data(args, device)
+    features = fid.load_features(args, data, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     # halved after 5 epochs without a better validation loss
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
-
-    def train_step(x: Tensor) -> dict[str, Tensor]:
-        parts = loss(encoder, decoder, x, args)
-        optimizer.zero_grad()
-        parts["loss"].backward()
-        common.average_gradients(model)
-        optimizer.step()
-        return parts
-
-    if args.benchmark:
-        return common.benchmark(train_step, model, args, device)
-
-    data = common.load_data(args, device)
-    features = fid.load_features(args, data, encoder, decoder, device)
-    run = common.Run(args, model, optimizer, scheduler, data, device)
+    run = common.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs and not args.eval_only:
         model.train()
-        for x in run.batches(data.train):
-            run.log(train_step(x), len(x))
-        train = run.means()
+        for x in run.batches():
+            parts = loss(encoder, decoder, x, args)
+            optimizer.zero_grad()
+            parts["loss"].backward()
+            common.average_gradients(model)
+            optimizer.step()
+            run.log(parts, len(x))
+        train, lr = run.means(), scheduler.get_last_lr()[0]
         with common.validating(model, device, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation)
-    return fid.evaluate(run, label, encoder, decoder, data, features)
+        run.end_epoch(lr, train, validation)
+    return fid.evaluate(run, data, features)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@
     python rae.py --dataset cifar10 --decoder-reg gp         # Table 2, RAE-GP; also l2, sn
 
 What the paper leaves open: ‖·‖² of images is the mean over pixels; the Jacobian's norm is a one-draw unbiased
-estimate. README.md lists every such decision.
+estimate. paper/README.md lists every such decision.
 """
+
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +21,40 @@ import fid
 from common import Decoder, Encoder, gradient_penalty
 
 
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """The flags of this script, checked, and what the data set or the saved run gives for those not given."""
+    parser = common.argument_parser(__file__, __doc__, beta=1e-4)
+    add = parser.add_argument
+    add("--decoder-reg", choices=("none", "gp", "l2", "sn"), default="none", help="regularisation of the decoder")
+    add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of gp and l2")
+    args = common.parse_args(parser, argv)
+    if args.gamma != parser.get_default("gamma") and args.decoder_reg not in ("gp", "l2"):
+        raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --decoder-reg gp or l2")
+    args.label = {"none": "RAE-no-reg", "gp": "RAE-GP", "l2": "RAE-L2", "sn": "RAE-SN"}[args.decoder_reg]
+    return args
+
+
+def nets(args: Namespace) -> tuple[nn.Module, Decoder]:
+    """Encoder, x [B,C,H,W] -> z [B,n]; decoder, z [M,n] -> images [M,C,H,W] (Table 4)."""
+    net = Encoder(args.channels, args.image_size, args.width)
+    encoder = nn.Sequential(net, nn.Linear(net.features, args.latent_dim))
+    decoder = Decoder(args.latent_dim, args.channels, args.image_size, args.width)
+    if args.decoder_reg == "sn":
+        for layer in [module for module in decoder.modules() if isinstance(module, nn.Linear | nn.ConvTranspose2d)]:
+            nn.utils.parametrizations.spectral_norm(layer)
+    return encoder, decoder
+
+
 def weight_norm(decoder: nn.Module) -> Tensor:
     """‖θ‖²: the squared norm of all weight matrices and kernels of the decoder, without biases and batch norm."""
     return sum(parameter.square().sum() for parameter in decoder.parameters() if parameter.dim() > 1)
 
 
-def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Tensor]:
+def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> dict[str, Tensor]:
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     z = encoder(x)  # [B,n]
     gp = args.decoder_reg == "gp"
-    fold = decoder.fold((1 + 2 * gp) * len(x))  # the decoder's first two layers as one matrix
+    fold = decoder.fold(z, penalty=gp)  # the first layers as one matrix, where faster
     rec = (x - decoder(z, fold)).square().mean((1, 2, 3))  # [B]
     reg = z.square().sum(1)  # ‖z‖² [B]
     parts = {"loss": rec + args.beta * reg, "rec": rec, "reg": reg}
@@ -39,53 +65,33 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = common.argument_parser(__file__, __doc__, beta=1e-4)
-    add = parser.add_argument
-    add("--decoder-reg", choices=("none", "gp", "l2", "sn"), default="none", help="regularisation of the decoder")
-    add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of gp and l2")
-    args = common.parse_args(parser, argv)
-    if args.gamma != parser.get_default("gamma") and args.decoder_reg not in ("gp", "l2"):
-        raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --decoder-reg gp or l2")
-    label = {"none": "RAE-no-reg", "gp": "RAE-GP", "l2": "RAE-L2", "sn": "RAE-SN"}[args.decoder_reg]
+    args = arguments(argv)
     device = common.start(args)
-
-    net = Encoder(args.channels, args.image_size, args.width)
-    encoder = nn.Sequential(net, nn.Linear(net.features, args.latent_dim))
-    decoder = Decoder(args.latent_dim, args.channels, args.image_size, args.width)
-    if args.decoder_reg == "sn":
-        for layer in [module for module in decoder.modules() if isinstance(module, nn.Linear | nn.ConvTranspose2d)]:
-            nn.utils.parametrizations.spectral_norm(layer)
-    model = common.prepare(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), args, device)
+    model = common.prepare(nets(args), args, device)
+    encoder, decoder = model.values()
+    data = common.load_data(args, device)
+    features = fid.load_features(args, data, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     # halved after 5 epochs without a better validation loss
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
-
-    def train_step(x: Tensor) -> dict[str, Tensor]:
-        parts = loss(encoder, decoder, x, args)
-        optimizer.zero_grad()
-        parts["loss"].backward()
-        common.average_gradients(model)
-        optimizer.step()
-        return parts
-
-    if args.benchmark:
-        return common.benchmark(train_step, model, args, device)
-
-    data = common.load_data(args, device)
-    features = fid.load_features(args, data, encoder, decoder, device)
-    run = common.Run(args, model, optimizer, scheduler, data, device)
+    run = common.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs and not args.eval_only:
         model.train()
-        for x in run.batches(data.train):
-            run.log(train_step(x), len(x))
-        train = run.means()
+        for x in run.batches():
+            parts = loss(encoder, decoder, x, args)
+            optimizer.zero_grad()
+            parts["loss"].backward()
+            common.average_gradients(model)
+            optimizer.step()
+            run.log(parts, len(x))
+        train, lr = run.means(), scheduler.get_last_lr()[0]
         with common.validating(model, device, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation)
-    return fid.evaluate(run, label, encoder, decoder, data, features)
+        run.end_epoch(lr, train, validation)
+    return fid.evaluate(run, data, features)
 
 
 if __name__ == "__main__":

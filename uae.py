@@ -9,8 +9,10 @@
     torchrun --nproc-per-node 4 uae.py --dataset celeba
 
 What the paper leaves open: ‖·‖² of images is the mean over pixels; W₂ is the metric, --regularizer w2-squared its
-square; κ = 1/2; the Jacobian's norm is a one-draw unbiased estimate. README.md lists every such decision.
+square; κ = 1/2; the Jacobian's norm is a one-draw unbiased estimate. paper/README.md lists every such decision.
 """
+
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +30,8 @@ from common import (
 )
 
 
-def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Tensor]:
-    """Eq. 8 and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
-    mu, scale = encoder(x)  # [B,n], [B,n] or L [B,n,n]
-    z = sample_sigma_points(mu, scale, args.k, args.sigma_points, args.kappa)  # [B,K,n], Eq. 5
-    fold = decoder.fold((args.k + 2 * (args.gamma > 0)) * len(x))  # the decoder's first two layers as one matrix
-    images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
-    rec = (x - images.mean(1)).square().mean((1, 2, 3))  # Eq. 9
-    reg = wasserstein2(mu, scale, squared=args.regularizer == "w2-squared")  # Eq. 19, 20
-    gp = torch.zeros_like(rec)
-    if args.gamma > 0:
-        gp = largest_variance(scale) * gradient_penalty(decoder, mu, fold=fold)  # Eq. 12
-    total = (rec + args.beta * reg + args.gamma * gp).mean()  # Eq. 8
-    return {"loss": total, "rec": rec.mean(), "reg": reg.mean(), "gp": gp.mean()}
-
-
-def main(argv: list[str] | None = None) -> dict:
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """The flags of this script, checked, and what the data set or the saved run gives for those not given."""
     parser = common.argument_parser(__file__, __doc__)
     add = parser.add_argument
     add("--k", type=common.number(int, 1), default=8, help="sigma points an image, at most 2n+1")
@@ -55,43 +43,60 @@ def main(argv: list[str] | None = None) -> dict:
     args = common.parse_args(parser, argv)
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
     variant = "²" * (args.regularizer == "w2-squared") + "-full" * (args.covariance == "full")
-    label = f"UAE{variant} {args.k}x {args.sigma_points}"
-    device = common.start(args)
+    args.label = f"UAE{variant} {args.k}x {args.sigma_points}"
+    return args
 
+
+def nets(args: Namespace) -> tuple[nn.Module, Decoder]:
+    """Encoder, x [B,C,H,W] -> mu [B,n] and scale [B,n] or L [B,n,n]; decoder, z [M,n] -> images [M,C,H,W] (Table 4)."""
     net = Encoder(args.channels, args.image_size, args.width)
     encoder = nn.Sequential(net, GaussianHead(net.features, args.latent_dim, args.covariance))
-    decoder = Decoder(args.latent_dim, args.channels, args.image_size, args.width)
-    model = common.prepare(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), args, device)
+    return encoder, Decoder(args.latent_dim, args.channels, args.image_size, args.width)
+
+
+def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> dict[str, Tensor]:
+    """The loss (Eq. 8) and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
+    mu, scale = encoder(x)  # [B,n], [B,n] or L [B,n,n]
+    z = sample_sigma_points(mu, scale, args.k, args.sigma_points, args.kappa)  # [B,K,n], Eq. 5
+    fold = decoder.fold(z, penalty=args.gamma > 0)  # the first layers as one matrix, where faster
+    images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
+    rec = (x - images.mean(1)).square().mean((1, 2, 3))  # Eq. 9
+    reg = wasserstein2(mu, scale, squared=args.regularizer == "w2-squared")  # Eq. 19, 20
+    parts = {"loss": rec + args.beta * reg, "rec": rec, "reg": reg}
+    if args.gamma > 0:
+        parts["gp"] = largest_variance(scale) * gradient_penalty(decoder, mu, fold=fold)  # Eq. 12
+        parts["loss"] = parts["loss"] + args.gamma * parts["gp"]  # Eq. 8
+    return {name: part.mean() for name, part in parts.items()}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = arguments(argv)
+    device = common.start(args)
+    model = common.prepare(nets(args), args, device)
+    encoder, decoder = model.values()
+    data = common.load_data(args, device)
+    features = fid.load_features(args, data, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     # halved after 5 epochs without a better validation loss
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
-
-    def train_step(x: Tensor) -> dict[str, Tensor]:
-        parts = loss(encoder, decoder, x, args)
-        optimizer.zero_grad()
-        parts["loss"].backward()
-        common.average_gradients(model)
-        optimizer.step()
-        return parts
-
-    if args.benchmark:
-        return common.benchmark(train_step, model, args, device)
-
-    data = common.load_data(args, device)
-    features = fid.load_features(args, data, encoder, decoder, device)
-    run = common.Run(args, model, optimizer, scheduler, data, device)
+    run = common.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs and not args.eval_only:
         model.train()
-        for x in run.batches(data.train):
-            run.log(train_step(x), len(x))
-        train = run.means()
+        for x in run.batches():
+            parts = loss(encoder, decoder, x, args)
+            optimizer.zero_grad()
+            parts["loss"].backward()
+            common.average_gradients(model)
+            optimizer.step()
+            run.log(parts, len(x))
+        train, lr = run.means(), scheduler.get_last_lr()[0]
         with common.validating(model, device, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation)
-    return fid.evaluate(run, label, encoder, decoder, data, features)
+        run.end_epoch(lr, train, validation)
+    return fid.evaluate(run, data, features)
 
 
 if __name__ == "__main__":

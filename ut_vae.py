@@ -8,11 +8,12 @@
     python ut_vae.py --dataset cifar10 --k 8 --regularizer w2        # Table 2, UT-VAE*_8x; with --gp: the UAE
     python ut_vae.py --dataset cifar10 --k 2 --per-sample            # Table 3, UT-VAE_2x†
     python ut_vae.py --dataset cifar10 --k 4 --sigma-points pairs    # Table 5, random pairs
-    python ut_vae.py --dataset cifar10 --k 2 --sigma-points pairs --gradient-noise     # Fig. 4
 
 What the paper leaves open: ‖·‖² of images is the mean over pixels; KL has the ½ of footnote 4; W₂ is the metric,
---regularizer w2-squared its square; κ = 1/2. README.md lists every such decision.
+--regularizer w2-squared its square; κ = 1/2. paper/README.md lists every such decision.
 """
+
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,40 @@ from common import (
 )
 
 
-def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Tensor]:
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """The flags of this script, checked, and what the data set or the saved run gives for those not given."""
+    parser = common.argument_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--k", type=common.number(int, 1), default=8, help="sigma points an image, at most 2n+1")
+    add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1 are drawn (default: by data set)")
+    add("--kappa", type=common.number(float, -1e4), default=0.5, help="radius sqrt(kappa + n) of the sigma points")
+    add("--per-sample", action="store_true", help="match every decoded point (the † of Table 3)")
+    add("--covariance", choices=("diagonal", "full"), default="diagonal", help="of the posterior")
+    add("--regularizer", choices=("kl", "w2", "w2-squared"), default="kl", help="KL, or for the starred models W2")
+    add("--gp", action="store_true", help="add the decoder regularisation of Eq. 12 (the -GP models)")
+    add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of the decoder regularisation")
+    args = common.parse_args(parser, argv)
+    if args.gamma != parser.get_default("gamma") and not args.gp:
+        raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --gp")
+    common.check_sigma_points(args.k, args.latent_dim, args.kappa)
+    star = {"kl": "", "w2": "*", "w2-squared": "*²"}[args.regularizer]
+    variant = star + "-full" * (args.covariance == "full") + "-GP" * args.gp
+    args.label = f"UT-VAE{variant}{'†' * args.per_sample} {args.k}x {args.sigma_points}"
+    return args
+
+
+def nets(args: Namespace) -> tuple[nn.Module, Decoder]:
+    """Encoder, x [B,C,H,W] -> mu [B,n] and scale [B,n] or L [B,n,n]; decoder, z [M,n] -> images [M,C,H,W] (Table 4)."""
+    net = Encoder(args.channels, args.image_size, args.width)
+    encoder = nn.Sequential(net, GaussianHead(net.features, args.latent_dim, args.covariance))
+    return encoder, Decoder(args.latent_dim, args.channels, args.image_size, args.width)
+
+
+def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> dict[str, Tensor]:
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     mu, scale = encoder(x)  # [B,n], [B,n] or L [B,n,n]
     z = sample_sigma_points(mu, scale, args.k, args.sigma_points, args.kappa)  # [B,K,n], Eq. 5
-    fold = decoder.fold((args.k + 2 * args.gp) * len(x))  # the decoder's first two layers as one matrix, see Decoder
+    fold = decoder.fold(z, penalty=args.gp)  # the first layers as one matrix, where faster
     images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
     if args.per_sample:
         rec = (x.unsqueeze(1) - images).square().mean((1, 2, 3, 4))  # Table 3, †
@@ -53,60 +83,33 @@ def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Ten
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = common.argument_parser(__file__, __doc__)
-    add = parser.add_argument
-    add("--k", type=common.number(int, 1), default=8, help="sigma points an image, at most 2n+1")
-    add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1 are drawn (default: by data set)")
-    add("--kappa", type=common.number(float, -1e4), default=0.5, help="radius sqrt(kappa + n) of the sigma points")
-    add("--per-sample", action="store_true", help="match every decoded point (the † of Table 3)")
-    add("--covariance", choices=("diagonal", "full"), default="diagonal", help="of the posterior")
-    add("--regularizer", choices=("kl", "w2", "w2-squared"), default="kl", help="KL, or for the starred models W2")
-    add("--gp", action="store_true", help="add the decoder regularisation of Eq. 12 (the -GP models)")
-    add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of the decoder regularisation")
-    add("--gradient-noise", action="store_true", help="Fig. 4 after every epoch: 250 more passes of a batch")
-    args = common.parse_args(parser, argv)
-    if args.gamma != parser.get_default("gamma") and not args.gp:
-        raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --gp")
-    common.check_sigma_points(args.k, args.latent_dim, args.kappa)
-    star = {"kl": "", "w2": "*", "w2-squared": "*²"}[args.regularizer]
-    variant = star + "-full" * (args.covariance == "full") + "-GP" * args.gp
-    label = f"UT-VAE{variant}{'†' * args.per_sample} {args.k}x {args.sigma_points}"
+    args = arguments(argv)
     device = common.start(args)
-
-    net = Encoder(args.channels, args.image_size, args.width)
-    encoder = nn.Sequential(net, GaussianHead(net.features, args.latent_dim, args.covariance))
-    decoder = Decoder(args.latent_dim, args.channels, args.image_size, args.width)
-    model = common.prepare(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), args, device)
+    model = common.prepare(nets(args), args, device)
+    encoder, decoder = model.values()
+    data = common.load_data(args, device)
+    features = fid.load_features(args, data, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     # halved after 5 epochs without a better validation loss
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
-
-    def train_step(x: Tensor) -> dict[str, Tensor]:
-        parts = loss(encoder, decoder, x, args)
-        optimizer.zero_grad()
-        parts["loss"].backward()
-        common.average_gradients(model)
-        optimizer.step()
-        return parts
-
-    if args.benchmark:
-        return common.benchmark(train_step, model, args, device)
-
-    data = common.load_data(args, device)
-    features = fid.load_features(args, data, encoder, decoder, device)
-    run = common.Run(args, model, optimizer, scheduler, data, device)
+    run = common.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs and not args.eval_only:
         model.train()
-        for x in run.batches(data.train):
-            run.log(train_step(x), len(x))
-        train = run.means()
+        for x in run.batches():
+            parts = loss(encoder, decoder, x, args)
+            optimizer.zero_grad()
+            parts["loss"].backward()
+            common.average_gradients(model)
+            optimizer.step()
+            run.log(parts, len(x))
+        train, lr = run.means(), scheduler.get_last_lr()[0]
         with common.validating(model, device, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation)
-    return fid.evaluate(run, label, encoder, decoder, data, features)
+        run.end_epoch(lr, train, validation)
+    return fid.evaluate(run, data, features)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,35 @@
     python wae_mmd.py --dataset cifar10                      # Table 10, WAE-MMD with λ = 10
 
 Here --beta is another name of --mmd-weight, λ. What the paper leaves open: ‖·‖² of images is the mean over pixels; the
-kernel and its scale; --kernel rbf takes k = exp(-‖a-b‖² / C). README.md lists every such decision.
+kernel and its scale; --kernel rbf takes k = exp(-‖a-b‖² / C). paper/README.md lists every such decision.
 """
+
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 import common
 import fid
 from common import Decoder, Encoder
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """The flags of this script, checked, and what the data set or the saved run gives for those not given."""
+    parser = common.argument_parser(__file__, __doc__, beta=10.0, beta_flags=("--mmd-weight", "--beta"))
+    add = parser.add_argument
+    add("--kernel", choices=("imq", "rbf"), default="imq", help="inverse multiquadric or Gaussian")
+    args = common.parse_args(parser, argv)
+    args.label = "WAE-MMD" + " rbf" * (args.kernel == "rbf")
+    return args
+
+
+def nets(args: Namespace) -> tuple[nn.Module, Decoder]:
+    """Encoder, x [B,C,H,W] -> z [B,n]; decoder, z [M,n] -> images [M,C,H,W] (Table 4)."""
+    net = Encoder(args.channels, args.image_size, args.width)
+    encoder = nn.Sequential(net, nn.Linear(net.features, args.latent_dim))
+    return encoder, Decoder(args.latent_dim, args.channels, args.image_size, args.width)
 
 
 def mmd(z: Tensor, p: Tensor, kernel: str = "imq") -> Tensor:
@@ -34,57 +54,50 @@ def mmd(z: Tensor, p: Tensor, kernel: str = "imq") -> Tensor:
     return zz + pp - 2 * k(z, p).mean()
 
 
-def loss(encoder: nn.Module, decoder: Decoder, x: Tensor, args) -> dict[str, Tensor]:
+def gather(x: Tensor) -> Tensor:
+    """In training the rows of x [B,...] of all ranks, [B·ranks,...], differentiable; elsewhere x itself."""
+    if common.world_size() == 1 or not torch.is_grad_enabled():
+        return x
+    return torch.cat(all_gather(x))
+
+
+def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> dict[str, Tensor]:
     """The loss and its parts, averaged over the batch; x [B,C,H,W] in [-1,1]. Minimise ["loss"]."""
     z = encoder(x)  # [B,n]
     rec = (x - decoder(z)).square().mean()
-    codes = common.gather(z)  # of the whole batch, under torchrun
+    codes = gather(z)  # of the whole batch, under torchrun
     reg = mmd(codes, torch.randn_like(codes), args.kernel)
     return {"loss": rec + args.beta * reg, "rec": rec, "reg": reg}
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = common.argument_parser(__file__, __doc__, beta=10.0, beta_flags=("--mmd-weight", "--beta"))
-    add = parser.add_argument
-    add("--kernel", choices=("imq", "rbf"), default="imq", help="inverse multiquadric or Gaussian")
-    args = common.parse_args(parser, argv)
-    label = "WAE-MMD" + " rbf" * (args.kernel == "rbf")
+    args = arguments(argv)
     device = common.start(args)
-
-    net = Encoder(args.channels, args.image_size, args.width)
-    encoder = nn.Sequential(net, nn.Linear(net.features, args.latent_dim))
-    decoder = Decoder(args.latent_dim, args.channels, args.image_size, args.width)
-    model = common.prepare(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), args, device)
+    model = common.prepare(nets(args), args, device)
+    encoder, decoder = model.values()
+    data = common.load_data(args, device)
+    features = fid.load_features(args, data, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     # halved after 5 epochs without a better validation loss
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
-
-    def train_step(x: Tensor) -> dict[str, Tensor]:
-        parts = loss(encoder, decoder, x, args)
-        optimizer.zero_grad()
-        parts["loss"].backward()
-        common.average_gradients(model)
-        optimizer.step()
-        return parts
-
-    if args.benchmark:
-        return common.benchmark(train_step, model, args, device)
-
-    data = common.load_data(args, device)
-    features = fid.load_features(args, data, encoder, decoder, device)
-    run = common.Run(args, model, optimizer, scheduler, data, device)
+    run = common.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs and not args.eval_only:
         model.train()
-        for x in run.batches(data.train):
-            run.log(train_step(x), len(x))
-        train = run.means()
+        for x in run.batches():
+            parts = loss(encoder, decoder, x, args)
+            optimizer.zero_grad()
+            parts["loss"].backward()
+            common.average_gradients(model)
+            optimizer.step()
+            run.log(parts, len(x))
+        train, lr = run.means(), scheduler.get_last_lr()[0]
         with common.validating(model, device, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
         scheduler.step(validation["loss"])
-        run.end_epoch(train, validation)
-    return fid.evaluate(run, label, encoder, decoder, data, features)
+        run.end_epoch(lr, train, validation)
+    return fid.evaluate(run, data, features)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,200 @@
+"""What a training step costs on this machine: time, images/s, arithmetic, peak memory; and what the loader gives.
+
+    python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5
+    python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5 --stock     # the plain path, to compare with
+
+Random images, nothing is trained that is kept, nothing is written. `--stock` goes without this code's exact speed-ups:
+decoder not folded, penalty by double backward, default memory format, the C library's default memory handling.
+Measure the two in alternation: machines are noisy.
+"""
+
+import argparse
+import importlib
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+
+import common
+
+SCRIPTS = ("vae", "ut_vae", "uae", "rae", "iwae", "wae_mmd")
+WARM_UP = 3  # steps: memory, autotuning, compilation
+
+
+class StockDecoder(common.Decoder):
+    """The decoder of Table 4 that runs its layers one after the other on every point."""
+
+    def fold(self, z: Tensor, penalty: bool = False) -> None:
+        return None
+
+
+def stock_penalty(decoder: nn.Module, mu: Tensor, fold: None = None) -> Tensor:
+    """E‖Jᵀ v‖², v = ±1 over pixels (Hutchinson), by double backward: mu [B,n] -> [B], as common.gradient_penalty."""
+    with common.eval_mode(decoder), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        mu = mu if mu.requires_grad else mu.detach().requires_grad_()
+        images = decoder(mu)
+        v = torch.rand(images.shape, device=mu.device).lt(0.5).to(images.dtype) * 2 - 1
+        (gradient,) = torch.autograd.grad(images, mu, v, create_graph=True)  # Jᵀ v [B,n]
+    return gradient.square().sum(1)
+
+
+def stock(script: ModuleType) -> None:
+    """Put the plain parts into a script, in this process."""
+    script.Decoder = StockDecoder
+    if hasattr(script, "gradient_penalty"):
+        script.gradient_penalty = stock_penalty
+    common.keep_memory = lambda: None
+
+
+def training_step(script: ModuleType, args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], None]:
+    """One step of the script's training loop, as a function of a batch."""
+    model = common.prepare(script.nets(args), args, device).train()
+    if args.stock:
+        model.to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
+
+    def step(x: Tensor) -> None:
+        parts = script.loss(model["encoder"], model["decoder"], x, args)
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        optimizer.step()
+
+    return step
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
+def timed(device: torch.device, function: Callable, *inputs: Tensor) -> float:
+    """Seconds that function(*inputs) takes."""
+    start = clock(device)
+    function(*inputs)
+    return clock(device) - start
+
+
+def matmul_peak(args: argparse.Namespace, device: torch.device) -> float:
+    """FLOP/s of the best of a few matrix products in the precision of the nets, by either of torch's two libraries."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else None)
+    image, kernel = a.view(1, 64, -1, side).permute(0, 3, 1, 2), a.view(side, side, 1, 1)
+    times = [timed(device, torch.matmul, a, a) for _ in range(10)]
+    times += [
+        timed(device, F.conv2d, image, kernel) for _ in range(10)
+    ]  # the same product by the convolutions' library
+    return 2 * side**3 / min(times)
+
+
+def measure(script: ModuleType, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Time the script's training step on random images: milliseconds, rates, arithmetic and peak memory."""
+    x = torch.rand(args.batch_size, args.channels, args.image_size, args.image_size, device=device) * 2 - 1
+    peak, step = matmul_peak(args, device), training_step(script, args, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        step(x)
+    for _ in range(WARM_UP):
+        step(x)
+    times = [timed(device, step, x) for _ in range(args.steps)]
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:  # of the process
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    seconds, points = statistics.median(times), args.batch_size * getattr(args, "k", 1)
+    return {
+        "ms": seconds * 1e3,
+        "fastest_ms": min(times) * 1e3,
+        "slowest_ms": max(times) * 1e3,
+        "images_per_s": args.batch_size / seconds,
+        "points": points,
+        "points_per_s": points / seconds,
+        "tflop": counter.get_total_flops() / 1e12,
+        "tflop_per_s": counter.get_total_flops() / seconds / 1e12,
+        "peak_tflop_per_s": max(peak, matmul_peak(args, device)) / 1e12,
+        "memory_gib": memory / 2**30,
+    }
+
+
+def measure_loader(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Images/s of `epoch_batches` and of a DataLoader with torchvision transforms that gives the same batches."""
+    shape = (args.channels, args.image_size, args.image_size)
+    images = torch.randint(0, 256, (max(20_000, args.batch_size), *shape), dtype=torch.uint8)
+    transform = [v2.RandomHorizontalFlip()] if args.flip else []
+    transform += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+    transform = v2.Compose(transform)
+
+    class Images(TorchDataset):  # PIL images, as torchvision's data sets give them
+        def __len__(self) -> int:
+            return 20 * args.batch_size
+
+        def __getitem__(self, index: int) -> Tensor:
+            return transform(v2.functional.to_pil_image(images[index % len(images)]))
+
+    def rate(batches) -> float:
+        start, count = clock(device), 0
+        for x in batches:
+            count += len(x.to(device))
+        return count / (clock(device) - start)
+
+    resident, ours, theirs = images.to(device), [], []
+    for seed in range(5):  # in alternation
+        ours.append(rate(common.epoch_batches(resident, args.batch_size, seed, args.flip)))
+        theirs.append(rate(DataLoader(Images(), args.batch_size, shuffle=True, drop_last=True)))
+    return {
+        "loader_images_per_s": statistics.median(ours),
+        "dataloader_images_per_s": statistics.median(theirs),
+        "loader_ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = common.Parser(prog="paper.benchmark", description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("script", help="uae.py, or another of the six; its own flags may follow")
+    parser.add_argument("--steps", type=common.number(int, 1), default=5, help="how many are timed (default: 5)")
+    parser.add_argument("--stock", action="store_true", help="the plain path")
+    own, rest = parser.parse_known_args(argv)
+    name = Path(own.script).stem
+    if name not in SCRIPTS:
+        parser.error(f"{own.script!r} is none of {', '.join(f'{script}.py' for script in SCRIPTS)}")
+    script = importlib.import_module(name)
+    args = script.arguments(rest)
+    args.steps, args.stock = own.steps, own.stock
+    if args.stock:
+        stock(script)
+    device = common.start(args)
+    r, shape = measure(script, args, device), [args.channels, args.image_size, args.image_size]
+    print(
+        f"{name}.py{' --stock' if args.stock else ''} on {device}, {args.precision}, "
+        f"{torch.get_num_threads()} CPU threads, width {args.width:g}: {args.batch_size} images {shape}, "
+        f"{r['points']} decoded points a step, {args.steps} steps\n"
+        f"{r['images_per_s']:.2f} images/s, {r['points_per_s']:.1f} points/s, "
+        f"{r['ms']:.1f} ms a step ({r['fastest_ms']:.1f} to {r['slowest_ms']:.1f})\n"
+        f"{r['tflop']:.3f} TFLOP a step at {r['tflop_per_s']:.3f} TFLOP/s, "
+        f"{100 * r['tflop_per_s'] / r['peak_tflop_per_s']:.0f}% of the matrix product's {r['peak_tflop_per_s']:.3f}; "
+        f"peak memory {r['memory_gib']:.2f} GiB"
+    )
+    r |= measure_loader(args, device)
+    print(
+        f"loader {r['loader_images_per_s']:.0f} images/s; DataLoader without workers, same output, "
+        f"{r['dataloader_images_per_s']:.0f} images/s; ratio {r['loader_ratio']:.0f}"
+    )
+    return r
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,0 +1,138 @@
+"""Fig. 4: noise and bias of the decoder's gradients, a pair of sigma points against two random samples (Appendix B).
+
+    python -m paper.gradient_noise                        # the embedded digits
+    python -m paper.gradient_noise --dataset cifar10      # the paper's figure
+
+Trains a UT-VAE with K = 2 and random pairs (every flag of ut_vae.py can be given), and after each epoch measures on its
+last batch, beside the training. Writes gradient_noise.csv and gradient_noise.png into a folder below --out.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import common
+import ut_vae
+from common import sample_gaussian, sample_sigma_points
+
+PAIRS, SAMPLES = 50, 200  # draws (Appendix B)
+
+
+def moments(decoder: nn.Module, x: Tensor, draw, draws: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean m and standard deviation σ over draws of the decoder's gradient of ‖x - ½ Σ D(z_k)‖², and the mean image.
+
+    x [B,C,H,W]; draw() -> z [B,2,n]. Gradients are flat, [weights].
+    """
+    mean = squares = image = 0.0  # running mean, sum of squared deviations from it (Welford), mean decoded image
+    for i in range(1, draws + 1):
+        z = draw()
+        decoded = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2]).mean(1)
+        gradients = torch.autograd.grad((x - decoded).square().mean(), list(decoder.parameters()))
+        gradient = torch.cat([g.flatten() for g in gradients])
+        difference = gradient - mean
+        mean = mean + difference / i
+        squares = squares + difference * (gradient - mean)
+        image = image + (decoded.detach() - image) / i
+    return mean, (squares / (draws - 1)).sqrt(), image
+
+
+def gradient_noise(encoder: nn.Module, decoder: nn.Module, x: Tensor, kappa: float = 0.5) -> dict[str, float]:
+    """Medians over the decoder's weights j (Eq. 21), x [B,C,H,W].
+
+    `pair_cv`: coefficient of variation σ_j/|m_j| over 50 draws of a random pair of sigma points an image; `samples_cv`:
+    over 200 draws of two random samples, whose mean m'_j stands for the true gradient; `gradient_bias`:
+    |m_j - m'_j|/|m'_j|, which holds the sampling error of both means; `image_bias`: that of the mean decoded image,
+    over its pixels. Both nets are in training mode, and they and the random stream are left as they were.
+    """
+    nets = nn.ModuleList([encoder, decoder])
+    states, buffers = common.random_states(x.device), [buffer.clone() for buffer in nets.buffers()]
+    modes = [net.training for net in nets]
+    nets.train()
+    with torch.no_grad():
+        mu, scale = encoder(x)
+    m, deviation, image = moments(decoder, x, lambda: sample_sigma_points(mu, scale, 2, "pairs", kappa), PAIRS)
+    true_m, true_deviation, true_image = moments(decoder, x, lambda: sample_gaussian(mu, scale, 2), SAMPLES)
+    for buffer, kept in zip(nets.buffers(), buffers, strict=True):
+        buffer.copy_(kept)
+    for net, mode in zip(nets, modes, strict=True):
+        net.train(mode)
+    common.set_random_states(states)
+
+    def median(a: Tensor, b: Tensor) -> float:
+        return (a.abs() / b.abs()).nanmedian().item()  # 0/0 where a weight has no gradient
+
+    return {
+        "pair_cv": median(deviation, m),
+        "samples_cv": median(true_deviation, true_m),
+        "gradient_bias": median(m - true_m, true_m),
+        "image_bias": median(image - true_image, true_image),
+    }
+
+
+def save_figure(path: Path, rows: list[dict[str, float]]) -> None:
+    """Fig. 4a (coefficient of variation) and 4b (relative bias) over epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lines = (
+        (left, "pair_cv", "pair of sigma points"),
+        (left, "samples_cv", "two random samples"),
+        (right, "gradient_bias", "of the decoder's gradients"),
+        (right, "image_bias", "of the mean decoded image"),
+    )
+    for axes, name, label in lines:
+        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=label)
+    left.set(title="noise of the decoder's gradients", ylabel="coefficient of variation (median)")
+    right.set(title="bias of a pair of sigma points", ylabel="relative bias (median)")
+    for axes in (left, right):
+        axes.set(xlabel="epoch", ylim=(0, None))
+        axes.legend()
+    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """ut_vae.py's, with K = 2 and random pairs."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\nThe flags are those of ut_vae.py:\n")
+    args = ut_vae.arguments(["--k", "2", "--sigma-points", "pairs", *argv])
+    if args.resume or args.eval_only or args.world_size > 1:
+        raise common.UserError("paper.gradient_noise starts anew, in one process: no --resume, --eval-only or torchrun")
+    args.name = args.name.replace("ut_vae", "gradient_noise", 1)
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, float]]:
+    args = arguments(argv)
+    device = common.start(args)
+    model = common.prepare(ut_vae.nets(args), args, device)
+    encoder, decoder = model.values()
+    data = common.load_data(args, device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
+    folder, rows = common.new_folder(args), []
+    for epoch in range(args.epochs):
+        model.train()
+        shuffle = common.stream_seed(args.seed, "shuffle", epoch=epoch)
+        for x in common.epoch_batches(data.train, args.batch_size, shuffle, args.flip):
+            optimizer.zero_grad()
+            ut_vae.loss(encoder, decoder, x, args)["loss"].backward()
+            optimizer.step()
+        with common.validating(model, device, args.seed):
+            batches = common.validation_batches(data.val, args.batch_size)
+            losses = [(ut_vae.loss(encoder, decoder, v, args)["loss"].item(), len(v)) for v in batches]
+        scheduler.step(sum(loss * images for loss, images in losses) / len(data.val))
+        rows.append({"epoch": epoch + 1} | gradient_noise(encoder, decoder, x, args.kappa))
+        print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+        common.write_file(folder / "gradient_noise.csv", common.csv_text(rows))
+        save_figure(folder / "gradient_noise.png", rows)
+    print(f"everything is in {folder}/")
+    return rows
+
+
+if __name__ == "__main__":
+    common.cli(main)
