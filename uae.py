@@ -27,6 +27,7 @@ from common import (
     largest_variance,
     sample_sigma_points,
     wasserstein2,
+    wasserstein2_norms,
 )
 
 
@@ -38,11 +39,12 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1 are drawn (default: by data set)")
     add("--kappa", type=common.number(float, -1e4), default=0.5, help="radius sqrt(kappa + n) of the sigma points")
     add("--covariance", choices=("diagonal", "full"), default="diagonal", help="of the posterior")
-    add("--regularizer", choices=("w2", "w2-squared"), default="w2", help="Wasserstein metric or its square")
+    choices = ("w2", "w2-squared", "w2-norms")
+    add("--regularizer", choices=choices, default="w2", help="Wasserstein metric, its square, or two norms")
     add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of the decoder regularisation")
     args = common.parse_args(parser, argv)
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
-    variant = "²" * (args.regularizer == "w2-squared") + "-full" * (args.covariance == "full")
+    variant = {"w2": "", "w2-squared": "²", "w2-norms": "ⁿ"}[args.regularizer] + "-full" * (args.covariance == "full")
     args.label = f"UAE{variant} {args.k}x {args.sigma_points}"
     return args
 
@@ -61,7 +63,10 @@ def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> 
     fold = decoder.fold(z, penalty=args.gamma > 0)  # the first layers as one matrix, where faster
     images = decoder(z.flatten(0, 1), fold).unflatten(0, z.shape[:2])  # [B,K,C,H,W]
     rec = (x - images.mean(1)).square().mean((1, 2, 3))  # Eq. 9
-    reg = wasserstein2(mu, scale, squared=args.regularizer == "w2-squared")  # Eq. 19, 20
+    if args.regularizer == "w2-norms":
+        reg = wasserstein2_norms(mu, scale)  # what the authors' published code minimises
+    else:
+        reg = wasserstein2(mu, scale, squared=args.regularizer == "w2-squared")  # Eq. 19, 20
     parts = {"loss": rec + args.beta * reg, "rec": rec, "reg": reg}
     if args.gamma > 0:
         parts["gp"] = largest_variance(scale) * gradient_penalty(decoder, mu, fold=fold)  # Eq. 12

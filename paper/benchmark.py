@@ -68,6 +68,7 @@ def training_step(script: ModuleType, args: argparse.Namespace, device: torch.de
         parts = script.loss(model["encoder"], model["decoder"], x, args)
         optimizer.zero_grad()
         parts["loss"].backward()
+        common.average_gradients(model)
         optimizer.step()
 
     return step

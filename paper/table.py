@@ -22,7 +22,7 @@ DATASETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR10", "celeba": "C
 KINDS = ("reconstruction", "sample", "interpolation")
 ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "UT-VAE*", "UAE", "IWAE", "WAE-MMD"]
 # differ between runs of one row: the seed, where a run was and how it was started; label follows from the others
-IGNORED = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "label"}
+IGNORED = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "save_images", "label"}
 
 
 def paper_rows() -> list[dict[str, str]]:
@@ -102,7 +102,7 @@ def check_runs(what: str, runs: list[tuple[Path, dict]]) -> None:
 
 def place(key: tuple[str, str, str]) -> tuple:
     """Where (data set, features, model) stands in the table: models in the order of Table 2, variants beside them."""
-    stem = re.sub("(?<!RAE)-GP|-full|[†²]", "", key[2].split(" ")[0])
+    stem = re.sub("(?<!RAE)-GP|-full|[†²ⁿ]", "", key[2].split(" ")[0])
     return *key[:2], ORDER.index(stem) if stem in ORDER else len(ORDER), key[2]
 
 

@@ -73,7 +73,8 @@ def test_the_plain_penalty_is_the_jacobians_norm_on_average():
 def test_the_benchmark_prints_what_it_measured_and_writes_nothing(name, capsys, monkeypatch):
     script = importlib.import_module(name)
     monkeypatch.setattr(benchmark, "measure_loader", lambda *_: dict.fromkeys(LOADER, 1.0))
-    monkeypatch.setattr(common, "keep_memory", common.keep_memory)  # put back what `stock` replaces
+    keep_memory = common.keep_memory
+    monkeypatch.setattr(common, "keep_memory", keep_memory)  # put back what `stock` replaces
     for part in ("Decoder", "gradient_penalty"):
         if hasattr(script, part):
             monkeypatch.setattr(script, part, getattr(script, part))
@@ -87,6 +88,7 @@ def test_the_benchmark_prints_what_it_measured_and_writes_nothing(name, capsys, 
     stock = benchmark.main([f"{name}.py", *shape, "--steps", "1", "--stock"])
     assert f"{name}.py --stock" in capsys.readouterr().out
     assert script.Decoder is benchmark.StockDecoder
+    assert common.keep_memory is not keep_memory
     folded = name not in ("rae", "wae_mmd")  # 8 points are too few to fold
     assert (results["tflop"] < stock["tflop"]) == folded
     assert not list(Path().iterdir())
