@@ -325,7 +325,10 @@ def main(argv: list[str] | None = None) -> float | None:
             raise UserError(f"{path} is neither a folder of images nor an .npz file")
     if args.save_stats and args.b.suffix != ".npz":
         raise UserError(f"--save-stats writes an .npz file, not {args.b}")
-    load = cache(lambda: picture_features(args.features).to(common.resolve_device(args.device)))
+    device = common.resolve_device(args.device)
+    if device.type == "cpu":
+        common.keep_memory()
+    load = cache(lambda: picture_features(args.features).to(device))
     a = read_side(args.a, load, args.batch_size)
     if args.save_stats:
         extra = {"features": a.features} if a.features else {}
