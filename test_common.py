@@ -2145,10 +2145,10 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(2**26)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(), print(faults())"""
+print(min(faults() for _ in range(8)))"""
     runs = ([sys.executable, "-c", probe, how] for how in ("kept", "default"))
     kept, default = (int(subprocess.check_output(command, cwd=HERE)) for command in runs)
-    assert kept < default / 4  # pages of 4 KiB or 2 MiB of a tensor of 256 MiB; a few come anew now and then
+    assert kept < default / 4  # a tensor of 256 MiB, in pages of 4 KiB or 2 MiB; the heap may grow at the second one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
