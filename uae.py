@@ -46,6 +46,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
     variant = {"w2": "", "w2-squared": "²", "w2-norms": "ⁿ"}[args.regularizer] + "-full" * (args.covariance == "full")
     args.label = f"UAE{variant} {args.k}x {args.sigma_points}"
+    args.label += f" κ={args.kappa:g}" * (args.kappa != 0.5)
     return args
 
 

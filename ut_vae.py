@@ -53,6 +53,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     star = {"kl": "", "w2": "*", "w2-squared": "*²", "w2-norms": "*ⁿ"}[args.regularizer]
     variant = star + "-full" * (args.covariance == "full") + "-GP" * args.gp
     args.label = f"UT-VAE{variant}{'†' * args.per_sample} {args.k}x {args.sigma_points}"
+    args.label += f" κ={args.kappa:g}" * (args.kappa != 0.5)
     return args
 
 

@@ -1,6 +1,7 @@
 """The results of runs in one Markdown table beside the paper's numbers, and the paper's tables by themselves.
 
     python -m paper.table runs/         # every results.json below the folder, mean ± standard deviation over seeds
+    python -m paper.table paper/results/fashion_mnist.csv       # the same for the results of paper.study
     python -m paper.table --paper       # Tables 2, 3, 5, 6, 8, 9 and 10 of the paper, a command for each row
 
 tables.csv beside this file is the one place that knows the paper's numbers.
@@ -31,9 +32,9 @@ def paper_rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def paper_cell(row: dict[str, str], dataset: str) -> str:
+def paper_cells(row: dict[str, str], dataset: str) -> list[str]:
     """The paper's three numbers of a row for a data set, as the paper prints them."""
-    return " / ".join(row[f"{dataset}_{kind}"] for kind in KINDS)
+    return [row[f"{dataset}_{kind}"] for kind in KINDS]
 
 
 def paper_tables() -> str:
@@ -42,12 +43,12 @@ def paper_tables() -> str:
     for table, rows in itertools.groupby(paper_rows(), lambda row: row["table"]):
         lines.append(f"| **Table {table}** | | | | |")
         for row in rows:
-            numbers = " | ".join(paper_cell(row, dataset) for dataset in DATASETS)
+            numbers = " | ".join(" / ".join(paper_cells(row, dataset)) for dataset in DATASETS)
             lines.append(f"| {row['label']} | `{row['command']}` | {numbers} |")
     return "\n".join(lines)
 
 
-def paper_results() -> dict[tuple[str, str], str]:
+def paper_results() -> dict[tuple[str, str], list[str]]:
     """(data set, label that the row's command gives to its run): the paper's three numbers; the first row counts."""
     found = {}
     for row in paper_rows():
@@ -55,8 +56,20 @@ def paper_results() -> dict[tuple[str, str], str]:
         module = importlib.import_module(script.removesuffix(".py"))
         for dataset in DATASETS:
             label = module.arguments([*flags, "--dataset", dataset]).label
-            found.setdefault((dataset, label), paper_cell(row, dataset))
+            found.setdefault((dataset, label), paper_cells(row, dataset))
     return found
+
+
+def read_results(file: Path) -> list[dict[str, str]]:
+    """The lines of the results of paper.study. Raises UserError for another file."""
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    if not rows or not {"dataset", "label", "seed", "setting", "error", *KINDS, "validation_mse"} <= rows[0].keys():
+        raise UserError(f"{file} has no results of paper.study")
+    return rows
 
 
 def read_runs(folders: list[Path]) -> tuple[dict[tuple, list[tuple[Path, dict]]], list[str]]:
@@ -75,13 +88,22 @@ def read_runs(folders: list[Path]) -> tuple[dict[tuple, list[tuple[Path, dict]]]
             continue
         try:
             key = (result["data"]["name"], result["features"], result["model"])
-            result |= {kind: float(result[kind]) for kind in KINDS}
+            result |= {kind: float(result[kind]) for kind in (*KINDS, "validation_mse")}
             result["settings"] = {name: value for name, value in result["args"].items() if name not in IGNORED}
             result["settings"] |= {name: result[name] for name in ("images", "features_hash")}
             result["seed"], result["count"] = result["args"]["seed"], result["images"]["test"]
             rows.setdefault(key, []).append((file.parent, result))
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{file} is not a results.json of these scripts") from None
+    for file in (folder for folder in folders if folder.is_file()):
+        for line in read_results(file):
+            if line["error"] or not line["metric"]:
+                why = line["error"] or "has no distances (--fid none)"
+                left_out.append(f"{line['label']}, seed {line['seed']}: {why}")
+                continue
+            result = {"seed": line["seed"], "count": line["images"], "settings": {"setting": line["setting"]}}
+            result |= {kind: float(line[kind]) for kind in (*KINDS, "validation_mse")}
+            rows.setdefault((line["dataset"], line["features"], line["label"]), []).append((file, result))
     if not rows:
         where = ", ".join(f"{folder}/" for folder in folders)
         raise UserError("; ".join([f"no results.json with distances below {where}", *left_out]))
@@ -112,25 +134,27 @@ def results_table(*folders: Path) -> str:
     rows, left_out = read_runs(folders)
     paper = paper_results()
     compared = any((dataset, model) in paper for dataset, _, model in rows)
-    header = ["Data set", "Model", "Features", "Images", "Rec.", "Sample", "Interp.", "Seeds"]
+    header = ["Data set", "Model", "Features", "Images", "Rec.", "Sample", "Interp.", "MSE", "Seeds"]
     header += ["Paper (rec. / sample / interp.)"] * compared
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for key in sorted(rows, key=place):
         (dataset, features, model), runs = key, rows[key]
         check_runs(f"{model} on {dataset}", runs)
         cells = [dataset, model, features, str(runs[0][1]["count"])]
-        for kind in KINDS:
+        for kind, digits in (*((kind, 2) for kind in KINDS), ("validation_mse", 5)):
             values = [result[kind] for _, result in runs]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        cells += [str(len(runs)), *[paper.get((dataset, model), "")] * compared]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        cells += [str(len(runs)), *[" / ".join(paper.get((dataset, model), ()))] * compared]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *(f"\nleft out: {what}" for what in left_out)])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.Parser(prog="paper.table", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="*", help="folders of runs, for example runs/")
+    parser.add_argument(
+        "folders", type=Path, nargs="*", help="folders of runs, for example runs/, or results of paper.study"
+    )
     parser.add_argument("--paper", action="store_true", help="print the paper's tables")
     args = parser.parse_args(argv)
     if bool(args.folders) == args.paper:

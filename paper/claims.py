@@ -1,0 +1,181 @@
+"""What the paper claims and what the study saw: paired differences with their standard errors, and rank correlations.
+
+    python -m paper.claims paper/results/fashion_mnist.csv
+
+A difference is worse minus better, paired by seed, so that it is positive where the claim holds. With at least three
+seeds a claim is *seen* if the mean difference is above twice its standard error, *reversed* if it is below minus twice
+that, else *not seen*.
+"""
+
+import statistics
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import NamedTuple
+
+from scipy.stats import spearmanr
+
+import common
+from paper.table import KINDS, paper_results, read_results
+
+ERROR = "validation_mse"
+TITLES = {"reconstruction": "Rec.", "sample": "Sample", "interpolation": "Interp.", ERROR: "MSE"}
+
+
+class Claim(NamedTuple):
+    """`better` has the smaller distances than `worse`, both labels of rows, by the paper at `place`."""
+
+    text: str
+    place: str
+    better: str
+    worse: str
+
+
+CLAIMS = [
+    Claim("sigma points and mean image beat samples, KL", "Sec. 6, Table 2", "UT-VAE 8x random", "VAE 8x"),
+    Claim("the same, K = 2", "App. D, Table 8", "UT-VAE 2x random", "VAE 2x"),
+    Claim("the same, W₂", "Sec. 6, Table 2", "UT-VAE* 8x random", "VAE* 8x"),
+    Claim("the same, W₂, K = 2", "App. D, Table 8", "UT-VAE* 2x random", "VAE* 2x"),
+    Claim("W₂ beats KL, samples", "Sec. 6, Table 2", "VAE* 8x", "VAE 8x"),
+    Claim("the same, K = 2", "App. D, Table 8", "VAE* 2x", "VAE 2x"),
+    Claim("the same, K = 1", "Table 6", "VAE* 1x", "VAE 1x"),
+    Claim("W₂ beats KL, sigma points", "Sec. 6, Table 2", "UT-VAE* 8x random", "UT-VAE 8x random"),
+    Claim("the same, K = 2", "App. D, Table 8", "UT-VAE* 2x random", "UT-VAE 2x random"),
+    Claim("W₂ with decoder regularisation beats KL with it", "App. D, Table 8", "VAE*-GP 2x", "VAE-GP 2x"),
+    Claim("decoder regularisation: UAE beats UT-VAE*", "Sec. 6, Table 2", "UAE 8x random", "UT-VAE* 8x random"),
+    Claim("the same, K = 2", "App. D, Table 8", "UAE 2x random", "UT-VAE* 2x random"),
+    Claim("UAE beats the VAE", "Sec. 6, Table 2", "UAE 8x random", "VAE 8x"),
+    Claim("the same, K = 2", "Tables 3, 6", "UAE 2x random", "VAE 2x"),
+    Claim("UAE beats RAE-GP", "Sec. 6, Table 2", "UAE 8x random", "RAE-GP"),
+    Claim("RAE without regularisation beats the VAE", "Sec. 6, Table 2", "RAE-no-reg", "VAE 8x"),
+    Claim("RAE-GP beats RAE without regularisation", "Table 2", "RAE-GP", "RAE-no-reg"),
+    Claim("RAE-L2 beats RAE without regularisation", "Table 2", "RAE-L2", "RAE-no-reg"),
+    Claim("RAE-SN beats RAE without regularisation", "Table 2", "RAE-SN", "RAE-no-reg"),
+    Claim("mean image beats per-sample error, samples", "Sec. 6, Table 3", "VAE† 2x", "VAE 2x"),
+    Claim("the same, sigma points", "Sec. 6, Table 3", "UT-VAE 2x random", "UT-VAE† 2x random"),
+    Claim("more points: UT-VAE, 2 to 8", "App. C, Table 5", "UT-VAE 8x random", "UT-VAE 2x random"),
+    Claim("more points: UT-VAE*, 2 to 8", "App. C, Table 5", "UT-VAE* 8x random", "UT-VAE* 2x random"),
+    Claim("more points: UAE, 2 to 8", "App. C, Table 6", "UAE 8x random", "UAE 2x random"),
+    Claim("more samples: VAE, 1 to 8", "Table 6", "VAE 8x", "VAE 1x"),
+    Claim("more samples: VAE*, 1 to 8", "App. C, Table 6", "VAE* 8x", "VAE* 1x"),
+    Claim("more samples: IWAE, 1 to 8", "Table 6", "IWAE 8x", "IWAE 1x"),
+    Claim("random points beat random pairs, KL", "App. C, Table 5", "UT-VAE 2x random", "UT-VAE 2x pairs"),
+    Claim("random points beat largest pairs, KL", "App. C, Table 5", "UT-VAE 2x random", "UT-VAE 2x largest"),
+    Claim("random points beat random pairs, W₂", "App. C, Table 5", "UT-VAE* 2x random", "UT-VAE* 2x pairs"),
+    Claim("random points beat largest pairs, W₂", "App. C, Table 5", "UT-VAE* 2x random", "UT-VAE* 2x largest"),
+    Claim("random points beat random pairs, KL, K = 8", "App. C, Table 5", "UT-VAE 8x random", "UT-VAE 8x pairs"),
+    Claim("random points beat largest pairs, KL, K = 8", "App. C, Table 5", "UT-VAE 8x random", "UT-VAE 8x largest"),
+    Claim("decoder regularisation harms sigma points under KL", "App. D", "UT-VAE 2x random", "UT-VAE-GP 2x random"),
+    Claim("decoder regularisation helps the VAE", "App. D, Table 8", "VAE-GP 2x", "VAE 2x"),
+    Claim("decoder regularisation helps the VAE*", "App. D, Table 8", "VAE*-GP 2x", "VAE* 2x"),
+    Claim("a full covariance harms under KL, samples", "App. F, Table 9", "VAE 2x", "VAE-full 2x"),
+    Claim("the same, sigma points", "App. F, Table 9", "UT-VAE 2x random", "UT-VAE-full 2x random"),
+    Claim("a full covariance helps under W₂, samples", "App. F, Table 9", "VAE*-full 2x", "VAE* 2x"),
+    Claim("the same, sigma points", "App. F, Table 9", "UT-VAE*-full 2x random", "UT-VAE* 2x random"),
+    Claim("IWAE beats the VAE, K = 8", "Table 6", "IWAE 8x", "VAE 8x"),
+    Claim("VAE* beats IWAE, K = 8", "App. C, Table 6", "VAE* 8x", "IWAE 8x"),
+    Claim("UAE beats IWAE, K = 8", "App. C, Table 6", "UAE 8x random", "IWAE 8x"),
+    Claim("VAE* beats WAE-MMD", "App. G, Table 10", "VAE* 1x", "WAE-MMD"),
+]
+COLLAPSE = [  # judged by the number of collapsed dimensions
+    Claim("KL collapses dimensions, W₂ does not", "App. H, Fig. 5", "VAE* 1x", "VAE 1x"),
+    Claim("the same, sigma points", "App. H", "UT-VAE* 2x random", "UT-VAE 2x random"),
+]
+OURS = [  # what the paper leaves open, as this code has it by default against another way
+    Claim("W₂ against its square", "`--regularizer`", "UT-VAE* 2x random", "UT-VAE*² 2x random"),
+    Claim("W₂ against two norms", "`--regularizer`", "UT-VAE* 2x random", "UT-VAE*ⁿ 2x random"),
+    Claim("κ = 1/2 against 0.001, KL", "`--kappa`", "UT-VAE 2x random", "UT-VAE 2x random κ=0.001"),
+    Claim("κ = 1/2 against 0.001, W₂", "`--kappa`", "UT-VAE* 2x random", "UT-VAE* 2x random κ=0.001"),
+]
+
+
+def failure(label: str) -> bool:
+    """Whether the paper itself calls a row a failure: random pairs (Appendix C) and full covariances under KL (F)."""
+    return "pairs" in label or label.startswith(("VAE-full", "UT-VAE-full"))
+
+
+def by_row(lines: list[dict[str, str]], measure: str) -> dict[str, dict[str, float]]:
+    """The values of a measure by label and seed, of runs that did not fail."""
+    values = {}
+    for line in lines:
+        if not line["error"] and line[measure]:
+            values.setdefault(line["label"], {})[line["seed"]] = float(line[measure])
+    return values
+
+
+def verdict(differences: list[float]) -> tuple[str, float, float]:
+    """`seen`, `not seen`, `reversed` or, below three seeds, `too few seeds`; mean difference and its standard error."""
+    mean = statistics.mean(differences)
+    if len(differences) < 3:
+        return "too few seeds", mean, float("nan")
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return "seen" if mean > 2 * error else "reversed" if mean < -2 * error else "not seen", mean, error
+
+
+def judge(claim: Claim, lines: list[dict[str, str]], measure: str) -> tuple[str, float, float, int] | None:
+    """Verdict, mean difference, its standard error and the number of seeds, or None if no seed has both rows."""
+    values = by_row(lines, measure)
+    better, worse = values.get(claim.better, {}), values.get(claim.worse, {})
+    if seeds := sorted(better.keys() & worse.keys()):
+        return *verdict([worse[seed] - better[seed] for seed in seeds]), len(seeds)
+    return None
+
+
+def claims_table(claims: list[Claim], lines: list[dict[str, str]], measures: list[str]) -> str:
+    """Markdown: a row for each claim whose rows are there, a cell for each measure, the paper's difference in it."""
+    dataset, paper = lines[0]["dataset"], paper_results()
+    titles = [TITLES.get(measure, "Collapsed dimensions") for measure in measures]
+    table = [f"| Claim | In the paper | Rows | Seeds | {' | '.join(titles)} |", "|" + "---|" * (4 + len(measures))]
+    for claim in claims:
+        if not (found := [judge(claim, lines, measure) for measure in measures]) or found[0] is None:
+            continue
+        cells = []
+        for measure, (word, mean, error, _) in zip(measures, found, strict=True):
+            digits = 5 if measure == ERROR else 1
+            cell = f"{word}: {mean:+.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
+            if measure in KINDS and {(dataset, claim.better), (dataset, claim.worse)} <= paper.keys():
+                i = KINDS.index(measure)
+                theirs = float(paper[dataset, claim.worse][i]) - float(paper[dataset, claim.better][i])
+                cell += f" ({theirs:+.1f})"
+            cells.append(cell)
+        row = [claim.text, claim.place, f"{claim.better} < {claim.worse}", str(found[0][3]), *cells]
+        table.append(f"| {' | '.join(row)} |")
+    return "\n".join(table)
+
+
+def correlations(lines: list[dict[str, str]]) -> str:
+    """Markdown: Spearman's rank correlation of our means with the paper's numbers, over rows with three seeds."""
+    dataset, paper = lines[0]["dataset"], paper_results()
+    table = ["| Rows | Number | Rec. | Sample | Interp. |", "|---|---|---|---|---|"]
+    for name, left_out in (("all", lambda label: False), ("without those that the paper calls failures", failure)):
+        cells = []
+        for i, kind in enumerate(KINDS):
+            values = by_row(lines, kind)
+            labels = [label for label in values if (dataset, label) in paper and len(values[label]) >= 3]
+            labels = [label for label in labels if not left_out(label)]
+            ours = [statistics.mean(values[label].values()) for label in labels]
+            theirs = [float(paper[dataset, label][i]) for label in labels]
+            cells.append(f"{spearmanr(ours, theirs).statistic:.2f}" if len(labels) > 2 else "")
+        table.append(f"| {name} | {len(labels)} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def report(file: Path) -> str:
+    """All tables of a study's results."""
+    lines = read_results(file)
+    parts = ["Difference ± its standard error, positive where the claim holds; in brackets the paper's difference."]
+    parts += [claims_table(CLAIMS, lines, list(TITLES)), claims_table(COLLAPSE, lines, ["collapsed_dimensions"])]
+    parts += ["Decisions of ours:", claims_table(OURS, lines, list(TITLES))]
+    if any((lines[0]["dataset"], line["label"]) in paper_results() for line in lines):
+        parts += ["Spearman's rank correlation with the paper's numbers:", correlations(lines)]
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.Parser(prog="paper.claims", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results of paper.study")
+    args = parser.parse_args(argv)
+    print(report(args.results))
+
+
+if __name__ == "__main__":
+    common.cli(main)
