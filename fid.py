@@ -15,6 +15,7 @@ The first half of this file is the metric and its command, the second half the e
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import warnings
@@ -350,6 +351,10 @@ def main(argv: list[str] | None = None) -> float | None:
 
 COMPONENTS = 10  # of the ex-post mixture (Sec. 5.1)
 KINDS = ("reconstruction", "sample", "interpolation")
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, which colour-blind readers can tell apart
+WORDS = {"rec": "reconstruction error (MSE)", "reg": "latent regularisation", "mmd": "MMD"}
+WORDS |= dict.fromkeys(("gp", "l2"), "decoder regularisation")
+COLLAPSED = 0.9  # mean variance from which a dimension is called so: the prior's is 1 (Appendix H)
 
 
 @torch.no_grad()
@@ -491,15 +496,14 @@ def evaluate(run: common.Run, data: common.Dataset, features) -> dict:
         "best_validation_loss": best["best"] if best["epoch"] else None,
         "validation_mse": error.square().mean().item(),
         **({"mean_variance": variance.mean().item()} if gaussian else {}),
-        # dimensions with the variance of the prior (Appendix H)
-        **({"collapsed_dimensions": int((variance.mean(0) > 0.9).sum())} if gaussian else {}),
+        **({"collapsed_dimensions": int((variance.mean(0) > COLLAPSED).sum())} if gaussian else {}),
         **distances(features, images, data.test, args.fid_method),
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "scipy": scipy.__version__},
         "args": vars(args),
     }
     if common.rank() == 0:
         common.write_file(run.dir / "results.json", json.dumps(results, indent=1))
-        save_pictures(run.dir, images, data.val, run.history)
+        save_pictures(run.dir, images, data.val, pairs, run.history)
         for kind, shown in images.items() if args.save_images else ():
             common.write_file(run.dir / f"{kind}.npz", partial(save_array, shown))
         if gaussian:
@@ -543,47 +547,64 @@ def print_results(results: dict, folder: Path) -> None:
     print(f"everything is in {folder}/")
 
 
-def save_pictures(folder: Path, images: dict[str, Tensor], inputs: Tensor, history: list[dict]) -> None:
-    """The three grids of images (rows of inputs above their reconstructions), and the curves of metrics.csv."""
+def save_pictures(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs: Tensor, history: list[dict]) -> None:
+    """The three grids (inputs above their reconstructions; samples; mid-points between both ends), and the curves of
+    metrics.csv; pairs [2,N] are the indices of the interpolations' ends."""
     from matplotlib.figure import Figure
     from torchvision.utils import save_image
 
     rows = zip(inputs[:48].cpu().split(12), images["reconstruction"][:48].split(12), strict=True)
+    a, b = images["reconstruction"][pairs[:, :32]]
+    interpolations = torch.stack([a, images["interpolation"][:32], b, torch.full_like(a, 255)], 1)
     grids = {
-        "reconstructions.png": torch.cat([part for row in rows for part in row]),
-        "samples.png": images["sample"][:96],
-        "interpolations.png": images["interpolation"][:96],
+        "reconstructions.png": (torch.cat([part for row in rows for part in row]), 12),
+        "samples.png": (images["sample"][:96], 12),
+        "interpolations.png": (interpolations.flatten(0, 1), 16),
     }
-    for name, grid in grids.items():
-        save = partial(save_image, grid.float() / 255, format="png", nrow=12, padding=1)
+    for name, (grid, columns) in grids.items():
+        save = partial(save_image, grid.float() / 255, format="png", nrow=columns, padding=1, pad_value=1)
         common.write_file(folder / name, lambda file, save=save: save(fp=file))
     if not history:
         return
     names = [column.removeprefix("train_") for column in history[0] if column.startswith("train_")]
-    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    drops = [row["epoch"] for before, row in itertools.pairwise(history) if row["lr"] < before["lr"]]
+    figure = Figure(figsize=(3.2 * len(names), 3), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        for part in ("train", "val"):
-            axes.plot([row["epoch"] for row in history], [row[f"{part}_{name}"] for row in history], label=part)
-        axes.set(title=name, xlabel="epoch")
+        for part, label, colour in (("train", "training", BLUE), ("val", "validation", ORANGE)):
+            axes.plot([r["epoch"] for r in history], [r[f"{part}_{name}"] for r in history], color=colour, label=label)
+        for drop in drops:
+            label = "learning rate halved" if drop == drops[0] else None
+            axes.axvline(drop, color="0.6", linewidth=0.7, zorder=0, label=label)
+        axes.set(title=WORDS.get(name, name), xlabel="epoch")
         axes.legend()
     common.write_file(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
-    """Fig. 5: histograms of |mean| (top) and variance (bottom) of 1000 posteriors, the first 16 dimensions."""
+    """Fig. 5: histograms of |mean| (top) and variance (bottom) of 1000 posteriors, the first 16 dimensions; mu and
+    variance [N,n]."""
     from matplotlib.figure import Figure
 
-    dimensions = min(16, mu.shape[1])
-    figure = Figure(figsize=(1.4 * dimensions, 3.2), layout="constrained")
-    axes = figure.subplots(2, dimensions, squeeze=False, sharey="row")
-    for i in range(dimensions):
-        axes[0, i].hist(mu[:, i].abs(), bins=30, histtype="stepfilled", color="tab:blue")
-        limits = 0, max(1.2, variance.max().item())
-        axes[1, i].hist(variance[:, i], bins=30, range=limits, histtype="stepfilled", color="tab:orange")
-        axes[0, i].set_title(f"z{i + 1}")
-    axes[0, 0].set_ylabel("|mean|")
-    axes[1, 0].set_ylabel("variance")
-    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=80))
+    means, shown = variance.mean(0), min(16, mu.shape[1])
+    blocks = math.ceil(shown / 8)
+    rows = ("|mean|", mu.abs(), mu.abs().max().item()), ("variance", variance, max(1.2, variance.max().item()))
+    figure = Figure(figsize=(9, 0.5 + 3 * blocks), layout="constrained")
+    axes = figure.subplots(2 * blocks, 8, squeeze=False, sharey="row")
+    for panel in axes.flat:
+        panel.set_axis_off()
+    for i in range(shown):
+        for row, (name, values, top) in enumerate(rows):
+            panel = axes[2 * (i // 8) + row, i % 8]
+            panel.set_axis_on()
+            colour = ORANGE if means[i] > COLLAPSED else BLUE
+            panel.hist(values[:, i], bins=30, range=(0, top), histtype="stepfilled", color=colour)
+            panel.set(xlim=(0, top), xlabel=name)
+        axes[2 * (i // 8), i % 8].set_title(f"z{i + 1}: var. {means[i]:.2f}", fontsize=10)
+    count = (
+        f"{int((means > COLLAPSED).sum())} of {len(means)} dimensions are collapsed (mean variance above {COLLAPSED})"
+    )
+    figure.suptitle(count + (f"; the first {shown} are shown" if shown < len(means) else ""))
+    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 if __name__ == "__main__":

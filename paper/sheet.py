@@ -1,0 +1,196 @@
+"""Trained models side by side (Fig. 3, 5, 6, 7): the same test images, samples, interpolations, posterior variances.
+
+    python -m paper.sheet runs/                          # writes runs/sheet.png and runs/sheet.html
+    python -m paper.sheet runs/a runs/b --out sheet.png
+
+The page has the table of figures too, and needs no other file.
+
+A row for each run below the folders, all of one data set and image size.
+"""
+
+import base64
+import html
+import importlib
+import io
+from argparse import Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+import common
+import fid
+from common import UserError
+from paper.table import place, results_table
+
+COLUMNS = {
+    "reconstructions": "test images above their reconstructions",
+    "samples": "samples from the mixture",
+    "interpolations": "interpolations between both ends",
+}
+VARIANCES = "posterior variances, sorted"
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 0 12px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; }
+th, td { padding: 3px 9px; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
+section { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
+figure { margin: 0; } img { width: 100%; } .grid { image-rendering: pixelated; } figcaption { font-size: 13px; color: #444; }
+"""
+
+
+class Row(NamedTuple):
+    """What the sheet shows of a run: its grids of images [3,H,W] in [0,1] by column, and for a Gaussian posterior the
+    mean variance of each dimension over 1000 validation images, largest first [n]."""
+
+    label: str
+    grids: dict[str, Tensor]
+    variances: Tensor | None
+
+
+def find_runs(folders: list[Path]) -> list[tuple[Path, Namespace]]:
+    """The trained runs below the folders, in the order of the tables. Raises UserError if they cannot be compared."""
+    files = {file.parent for folder in folders for file in folder.rglob("best.pt")}
+    runs = [(folder, Namespace(**common.load_json(folder / "args.json"))) for folder in sorted(files)]
+    if not runs:
+        raise UserError(f"no best.pt below {', '.join(map(str, folders))}")
+    first, reference = runs[0]
+    for folder, args in runs[1:]:
+        for name in ("dataset", "image_size"):
+            a, b = getattr(reference, name), getattr(args, name)
+            if a != b:
+                raise UserError(f"{first} and {folder} cannot be compared: {name.replace('_', ' ')} {a} and {b}")
+    return sorted(runs, key=lambda run: (place(("", "", run[1].label)), run[1].seed))
+
+
+@torch.inference_mode()
+def make_row(folder: Path, args: Namespace, data: common.Dataset) -> Row:
+    """Decode what the sheet shows of a run."""
+    nets = importlib.import_module(args.script).nets
+    encoder, decoder, _ = common.load_trained(folder, nets)
+
+    def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        posterior = encoder(common.to_float(images))
+        return posterior if isinstance(posterior, tuple) else (posterior, None)
+
+    def grid(images: Tensor, columns: int) -> Tensor:
+        return make_grid((images + 1) / 2, nrow=columns, padding=1, pad_value=1)
+
+    inputs = data.test[:16]
+    means = encode(inputs)[0]
+    rows = torch.cat([common.to_float(inputs[:8]), decoder(means[:8])])
+    steps = [common.slerp(means[8:10], means[10:12], step / 6) for step in range(7)]
+    interpolations = decoder(torch.stack(steps, 1).flatten(0, 1))
+    samples = decoder(fid.sample_latents(folder, 16, args.seed))
+    scale = encode(data.val[:1000])[1]
+    grids = (grid(rows, 8), grid(samples, 8), grid(interpolations, 7))
+    variances = None if scale is None else common.variances(scale).mean(0).sort(descending=True).values
+    return Row(args.label, dict(zip(COLUMNS, grids, strict=True)), variances)
+
+
+def collapsed(row: Row) -> str:
+    """How many dimensions are collapsed, in words."""
+    count = int((row.variances > fid.COLLAPSED).sum())
+    return f"{count} of {len(row.variances)} collapsed"
+
+
+def draw_variances(axes, row: Row) -> None:
+    """Bars of a row's sorted variances, collapsed dimensions in another colour; nothing for a deterministic model."""
+    if row.variances is None:
+        axes.set_axis_off()
+        return
+    colours = [fid.ORANGE if value > fid.COLLAPSED else fid.BLUE for value in row.variances]
+    axes.bar(range(1, len(colours) + 1), row.variances, width=1, color=colours)
+    axes.axhline(fid.COLLAPSED, color="0.6", linewidth=0.7, linestyle="--")
+    axes.set(ylim=(0, 1.1), yticks=[0, 1], xticks=[])
+    axes.set_xlabel(collapsed(row), fontsize=9)
+
+
+def save_png(path: Path, rows: list[Row]) -> None:
+    """All rows below each other as one picture, 1200 pixels wide."""
+    figure = Figure(figsize=(12, 0.4 + 0.95 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 4, squeeze=False, width_ratios=[8, 8, 7, 5])
+    for axes, row in zip(panels, rows, strict=True):
+        for panel, grid in zip(axes, row.grids.values(), strict=False):
+            panel.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+        axes[0].set_ylabel(row.label.replace(" ", "\n", 1), rotation=0, ha="right", va="center", fontsize=9)
+        draw_variances(axes[3], row)
+    for axes, title in zip(panels[0], (*COLUMNS.values(), VARIANCES), strict=True):
+        axes.set_title(title, fontsize=9)
+    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def figure_html(data: bytes, caption: str, kind: str) -> str:
+    """A PNG as a figure that needs no other file."""
+    source, caption = base64.b64encode(data).decode(), html.escape(caption)
+    image = f'<img class="{kind}" src="data:image/png;base64,{source}" alt="{caption}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def row_html(row: Row) -> str:
+    """A row as a section of the page."""
+    figures = []
+    for name, grid in row.grids.items():
+        data = io.BytesIO()
+        Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy()).save(data, "png")
+        figures.append(figure_html(data.getvalue(), COLUMNS[name], "grid"))
+    if row.variances is not None:
+        figure, data = Figure(figsize=(4, 1.3), layout="constrained"), io.BytesIO()
+        draw_variances(figure.subplots(), row)
+        figure.savefig(data, format="png", dpi=200)
+        figures.append(figure_html(data.getvalue(), VARIANCES, "chart"))
+    return f"<h2>{html.escape(row.label)}</h2>\n<section>{''.join(figures)}</section>"
+
+
+def table_html(markdown: str) -> str:
+    """`results_table`'s Markdown as HTML."""
+    head, _, *lines = [line for line in markdown.splitlines() if line]
+
+    def cells(line: str, tag: str) -> str:
+        return "".join(f"<{tag}>{html.escape(cell.strip())}</{tag}>" for cell in line.strip("| ").split(" | "))
+
+    rows = [f"<tr>{cells(line, 'td')}</tr>" for line in lines if line.startswith("|")]
+    rest = [f"<p>{html.escape(line)}</p>" for line in lines if not line.startswith("|")]
+    table = f"<table><tr>{cells(head, 'th')}</tr>{''.join(rows)}</table>"
+    return f'<div class="scroll">{table}</div>{"".join(rest)}'
+
+
+def save_page(path: Path, rows: list[Row], table: str, title: str) -> None:
+    """The same with the table of figures as one HTML page that needs no other file."""
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    body = [f"<h1>{html.escape(title)}</h1>", table_html(table), *map(row_html, rows)]
+    text = "\n".join(["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>", ""])
+    common.write_file(path, text)
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    parser = common.Parser(prog="paper.sheet", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of runs, for example runs/")
+    parser.add_argument("--out", type=Path, help="the picture; the page is beside it (default: sheet.png in the first)")
+    args = parser.parse_args(argv)
+    path = args.out or args.folders[0] / "sheet.png"
+    if path.suffix != ".png":
+        raise UserError(f"--out {path}: give a name that ends in .png")
+    runs = find_runs(args.folders)
+    table = results_table(*args.folders)
+    first = runs[0][1]
+    data = common.load_dataset(first.dataset, first.data_dir, torch.device("cpu"), first.image_size)
+    rows = [make_row(folder, run, data) for folder, run in runs]
+    labels = [row.label for row in rows]
+    rows = [row._replace(label=f"{row.label}, seed {run.seed}") if labels.count(row.label) > 1 else row
+            for row, (_, run) in zip(rows, runs, strict=True)]  # fmt: skip
+    save_png(path, rows)
+    save_page(path.with_suffix(".html"), rows, table, f"{data.name}: models side by side")
+    print(f"wrote {path} and {path.with_suffix('.html')}")
+    return rows
+
+
+if __name__ == "__main__":
+    common.cli(main)
