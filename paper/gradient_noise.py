@@ -4,17 +4,21 @@
     python -m paper.gradient_noise --dataset cifar10      # the paper's figure
 
 Trains a UT-VAE with K = 2 and random pairs (every flag of ut_vae.py can be given), and after each epoch measures on its
-last batch, beside the training. Writes gradient_noise.csv and gradient_noise.png into a folder below --out.
+last batch, beside the training, for each of --seeds.
+Writes gradient_noise.csv and gradient_noise.png into a folder below --out.
 """
 
-import sys
+import textwrap
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import common
+import fid
 import ut_vae
 from common import sample_gaussian, sample_sigma_points
 
@@ -72,49 +76,71 @@ def gradient_noise(encoder: nn.Module, decoder: nn.Module, x: Tensor, kappa: flo
     }
 
 
-def save_figure(path: Path, rows: list[dict[str, float]]) -> None:
-    """Fig. 4a (coefficient of variation) and 4b (relative bias) over epochs."""
+def summary(runs: list[list[dict[str, float]]]) -> str:
+    """What is seen over all epochs and seeds, in one sentence."""
+    rows = [row for run in runs for row in run]
+    ratios = [row["pair_cv"] / row["samples_cv"] for row in rows]
+    text = f"The pair's coefficient of variation is {min(ratios):.2f} to {max(ratios):.2f} times that of two samples"
+    for name, of in (("gradient_bias", "gradients"), ("image_bias", "mean image")):
+        text += f", the relative bias of the {of} {min(r[name] for r in rows):.2g} to {max(r[name] for r in rows):.2g}"
+    return text + "."
+
+
+def save_figure(path: Path, runs: list[list[dict[str, float]]]) -> None:
+    """Fig. 4a (coefficient of variation) and 4b (relative bias) over epochs: mean over runs, and a band from the least
+    to the largest."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines = (
-        (left, "pair_cv", "pair of sigma points"),
-        (left, "samples_cv", "two random samples"),
-        (right, "gradient_bias", "of the decoder's gradients"),
-        (right, "image_bias", "of the mean decoded image"),
+        (left, "pair_cv", fid.BLUE, "pair of sigma points"),
+        (left, "samples_cv", fid.ORANGE, "two random samples"),
+        (right, "gradient_bias", fid.BLUE, "of the decoder's gradients"),
+        (right, "image_bias", fid.ORANGE, "of the mean decoded image"),
     )
-    for axes, name, label in lines:
-        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=label)
+    epochs = [row["epoch"] for row in runs[0]]
+    for axes, name, colour, label in lines:
+        values = np.array([[row[name] for row in run] for run in runs])
+        axes.plot(epochs, values.mean(0), color=colour, label=label)
+        axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     left.set(title="noise of the decoder's gradients", ylabel="coefficient of variation (median)")
     right.set(title="bias of a pair of sigma points", ylabel="relative bias (median)")
     for axes in (left, right):
         axes.set(xlabel="epoch", ylim=(0, None))
         axes.legend()
+    seeds = f"{len(runs)} seeds, bands from the least to the largest. " if len(runs) > 1 else ""
+    figure.supxlabel(textwrap.fill(seeds + summary(runs), 120), fontsize=8)
     common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def arguments(argv: list[str] | None = None) -> Namespace:
-    """ut_vae.py's, with K = 2 and random pairs."""
-    argv = sys.argv[1:] if argv is None else argv
+def arguments(argv: list[str] | None = None) -> list[Namespace]:
+    """ut_vae.py's for each of --seeds, with K = 2 and random pairs."""
+    parser = common.Parser(prog="paper.gradient_noise", add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", type=common.number(int, 0), nargs="+", default=[0, 1, 2])
+    ours, argv = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\nThe flags are those of ut_vae.py:\n")
-    args = ut_vae.arguments(["--k", "2", "--sigma-points", "pairs", *argv])
-    if args.resume or args.eval_only or args.world_size > 1:
-        raise common.UserError("paper.gradient_noise starts anew, in one process: no --resume, --eval-only or torchrun")
-    args.name = args.name.replace("ut_vae", "gradient_noise", 1)
-    return args
+        print(f"{__doc__}\nThe flags are those of ut_vae.py, with --seeds in place of --seed:\n")
+    if "--seed" in argv:
+        raise common.UserError("--seed: give --seeds, for example --seeds 0 1 2")
+    runs = []
+    for seed in ours.seeds:
+        args = ut_vae.arguments(["--k", "2", "--sigma-points", "pairs", *argv, "--seed", str(seed)])
+        if args.resume or args.eval_only or args.world_size > 1:
+            raise common.UserError("paper.gradient_noise starts anew, in one process: no --resume or --eval-only")
+        args.name = args.name.replace("ut_vae", "gradient_noise", 1).rpartition("-seed")[0]
+        runs.append(args)
+    return runs
 
 
-def main(argv: list[str] | None = None) -> list[dict[str, float]]:
-    args = arguments(argv)
+def train(args: Namespace) -> Iterator[dict[str, float]]:
+    """Train as ut_vae.py does, and measure after each epoch."""
     device = common.start(args)
     model = common.prepare(ut_vae.nets(args), args, device)
     encoder, decoder = model.values()
     data = common.load_data(args, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
-    folder, rows = common.new_folder(args), []
     for epoch in range(args.epochs):
         model.train()
         shuffle = common.stream_seed(args.seed, "shuffle", epoch=epoch)
@@ -126,12 +152,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
             batches = common.validation_batches(data.val, args.batch_size)
             losses = [(ut_vae.loss(encoder, decoder, v, args)["loss"].item(), len(v)) for v in batches]
         scheduler.step(sum(loss * images for loss, images in losses) / len(data.val))
-        rows.append({"epoch": epoch + 1} | gradient_noise(encoder, decoder, x, args.kappa))
-        print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
-        common.write_file(folder / "gradient_noise.csv", common.csv_text(rows))
-        save_figure(folder / "gradient_noise.png", rows)
-    print(f"everything is in {folder}/")
-    return rows
+        yield {"seed": args.seed, "epoch": epoch + 1} | gradient_noise(encoder, decoder, x, args.kappa)
+
+
+def main(argv: list[str] | None = None) -> list[list[dict[str, float]]]:
+    settings = arguments(argv)
+    folder, runs = common.new_folder(settings[0]), []
+    for args in settings:
+        runs.append([])
+        for row in train(args):
+            runs[-1].append(row)
+            print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+            common.write_file(folder / "gradient_noise.csv", common.csv_text([row for run in runs for row in run]))
+        save_figure(folder / "gradient_noise.png", runs)
+    print(f"{summary(runs)}\neverything is in {folder}/")
+    return runs
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; 
 th, td { padding: 3px 9px; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
 section { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
-figure { margin: 0; } img { width: 100%; } .grid { image-rendering: pixelated; } figcaption { font-size: 13px; color: #444; }
+figure { margin: 0; } img { width: 100%; }
+.grid { image-rendering: pixelated; } figcaption { font-size: 13px; color: #444; }
 """
 
 

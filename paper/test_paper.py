@@ -197,22 +197,31 @@ def test_gradient_noise_leaves_nets_and_random_stream_as_they_were():
 def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     monkeypatch.setattr(gradient_noise, "PAIRS", 4)
     monkeypatch.setattr(gradient_noise, "SAMPLES", 6)
-    trained, prepare = {}, common.prepare
-    for script, extra in ((gradient_noise, []), (ut_vae, ["--k", "2", "--sigma-points", "pairs", "--fid", "none"])):
-        spy = lambda *a, script=script: trained.setdefault(script, prepare(*a))  # noqa: E731
+    trained, prepare, measured = {}, common.prepare, None
+    for script, extra in (
+        (gradient_noise, ["--seeds", "0", "1"]),
+        (ut_vae, ["--k", "2", "--sigma-points", "pairs", "--fid", "none"]),
+    ):
+        spy = lambda nets, args, *a, key=script: trained.setdefault((key, args.seed), prepare(nets, args, *a))  # noqa: E731
         monkeypatch.setattr(common, "prepare", spy)
-        script.main([*TINY, "--epochs", "2", *extra])
+        results = script.main([*TINY, "--epochs", "2", *extra])
+        measured = results if script is gradient_noise else measured
     (folder,) = Path("runs").glob("gradient_noise-*")
     with open(folder / "gradient_noise.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert list(rows[0]) == ["epoch", "pair_cv", "samples_cv", "gradient_bias", "image_bias"]
-    assert all(0 < float(row[name]) < math.inf for row in rows for name in row)
+    assert [(row["seed"], row["epoch"]) for row in rows] == [("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")]
+    assert list(rows[0])[2:] == ["pair_cv", "samples_cv", "gradient_bias", "image_bias"]
+    assert all(0 < float(row[name]) < math.inf for row in rows for name in list(row)[1:])
+    assert rows[0]["pair_cv"] != rows[2]["pair_cv"]
+    ratios = sorted(float(row["pair_cv"]) / float(row["samples_cv"]) for row in rows)
+    assert f"is {ratios[0]:.2f} to {ratios[-1]:.2f} times that of two" in gradient_noise.summary(measured)
     assert np.asarray(Image.open(folder / "gradient_noise.png")).std() > 1
     (run,) = Path("runs").glob("ut_vae-*")
     last = torch.load(run / "last.pt", weights_only=True)["model"]
-    ours = trained[gradient_noise].state_dict()
+    ours = trained[gradient_noise, 0].state_dict()
     assert all(torch.equal(ours[name], value) for name, value in last.items())  # the training is the same
     assert json.loads((run / "args.json").read_text())["sigma_points"] == "pairs"
+    with pytest.raises(UserError, match="--seed: give --seeds"):
+        gradient_noise.main(["--seed", "1"])
     with pytest.raises(UserError, match="no --resume"):
         gradient_noise.main(["--resume", str(run), "--sigma-points", "pairs"])

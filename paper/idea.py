@@ -1,0 +1,129 @@
+"""The idea in one picture: what a posterior's sigma points decode to, beside as many random samples.
+
+    python -m paper.idea --out assets/idea.png
+
+Trains a UT-VAE with n = 2 on the embedded digits, so that its latent space can be drawn whole, and decodes the 2n+1 = 5
+sigma points of three test images and five random samples of each.
+"""
+
+import tempfile
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import common
+import fid
+import ut_vae
+
+TRAINING = "--latent-dim 2 --k 5 --beta 0.002 --fid none"
+COLOURS = (fid.BLUE, fid.ORANGE, "#009E73")  # of Okabe and Ito's palette
+KAPPA = 0.5
+DRAWS = 1000  # sets of five samples, for the spread of their mean
+
+
+class Example(NamedTuple):
+    """One image: mean and standard deviations [2], sigma points and samples [5,2], what they decode to [5,H,W], the
+    input [H,W], and how far the mean image is from that of the whole posterior, in root mean square over pixels: for
+    the sigma points, and for `DRAWS` means of five samples."""
+
+    x: Tensor
+    mu: Tensor
+    scale: Tensor
+    points: tuple[Tensor, Tensor]
+    images: tuple[Tensor, Tensor]
+    errors: tuple[Tensor, Tensor]
+
+
+@torch.inference_mode()
+def example(encoder: nn.Module, decoder: nn.Module, x: Tensor, generator: torch.Generator) -> Example:
+    """Decode the posterior of one image x [1,1,H,W] in [-1,1]."""
+    mu, scale = encoder(x)
+    points = common.sigma_points(mu, scale, KAPPA)[0]
+    samples = common.sample_gaussian(mu, scale, DRAWS * len(points), generator)[0]
+    decoded, sampled = decoder(points)[:, 0], decoder(samples)[:, 0].unflatten(0, (DRAWS, -1))
+    truth = sampled.mean((0, 1))  # the mean image of the posterior, by all samples
+
+    def error(mean: Tensor) -> Tensor:
+        return (mean - truth).square().mean((-2, -1)).sqrt()
+
+    errors = error(decoded.mean(0)), error(sampled.mean(1))
+    return Example(x[0, 0], mu[0], scale[0], (points, samples[: len(points)]), (decoded, sampled[0]), errors)
+
+
+def draw_plane(axes: Axes, examples: list[Example], means: Tensor) -> None:
+    """The latent plane: all training means, and for each example the ellipse of Σ, sigma points and samples."""
+    angle = torch.linspace(0, 2 * torch.pi, 200)
+    circle = torch.stack([angle.cos(), angle.sin()], 1)
+    axes.scatter(*means.T, s=3, color="0.85", label="means of all training images")
+    for i, (e, colour) in enumerate(zip(examples, COLOURS, strict=False)):
+        label = [text if i == 0 else None for text in ("Σ: one standard deviation", "sigma points", "random samples")]
+        axes.plot(*(e.mu + e.scale * circle).T, color=colour, label=label[0])
+        axes.scatter(*e.points[0].T, s=36, color=colour, edgecolor="white", zorder=3, label=label[1])
+        axes.scatter(*e.points[1].T, s=30, color=colour, marker="x", zorder=3, label=label[2])
+    axes.set(title="latent space", aspect="equal", xlabel="z1", ylabel="z2")
+    axes.legend(loc="upper left", fontsize=8)
+
+
+def save_figure(path: Path, examples: list[Example], means: Tensor) -> None:
+    """Left the latent plane, right what the points decode to, their mean, and the input."""
+    figure = Figure(figsize=(12, 6.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.5])
+    draw_plane(left.subplots(), examples, means)
+    panels = right.subplots(2 * len(examples), 7, gridspec_kw={"hspace": 0.1, "wspace": 0.05})
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[])
+    for i, (e, colour) in enumerate(zip(examples, COLOURS, strict=False)):
+        for row, name, images, error in zip(
+            panels[2 * i : 2 * i + 2], ("sigma points", "samples"), e.images, e.errors, strict=True
+        ):
+            for panel, image in zip(row, (e.x, images.mean(0), *images), strict=True):
+                panel.imshow(image, cmap="gray", vmin=-1, vmax=1)
+                for spine in panel.spines.values():
+                    spine.set(color=colour, linewidth=2)
+            row[2].set_ylabel(name, fontsize=8)
+            spread = f" ± {error.std():.3f}" if error.dim() else ""
+            row[1].set_xlabel(f"off by {error.mean():.3f}{spread}", fontsize=8)
+    titles = ["input x", "mean image", "D(μ)", "", "decoded points", "", ""]
+    for panel, title in zip(panels[0], titles, strict=True):
+        panel.set_title(title, fontsize=9)
+    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def choose(mu: Tensor, scale: Tensor) -> list[int]:
+    """Three images whose posteriors are wide and far from each other; mu and scale [N,2]."""
+    wide = scale.prod(1).argsort(descending=True)[: len(scale) // 4]
+    chosen = [int(wide[0])]
+    for _ in range(2):
+        chosen.append(int(wide[torch.cdist(mu[wide], mu[chosen]).amin(1).argmax()]))
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> list[Example]:
+    parser = common.Parser(prog="paper.idea", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/idea.png"), help="the picture (default: runs/idea.png)")
+    parser.add_argument("--epochs", default="30", help="of the training (default: 30)")
+    args = parser.parse_args(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        ut_vae.main([*TRAINING.split(), "--epochs", args.epochs, "--out", folder])
+        (run,) = Path(folder).iterdir()
+        encoder, decoder, _ = common.load_trained(run, ut_vae.nets)
+    data = common.load_dataset("digits")
+    with torch.inference_mode():
+        means, _ = encoder(common.to_float(data.train))
+        x = common.to_float(data.test)
+        chosen = choose(*encoder(x))
+    generator = torch.Generator().manual_seed(0)
+    examples = [example(encoder, decoder, x[i : i + 1], generator) for i in chosen]
+    save_figure(args.out, examples, means)
+    print(f"wrote {args.out}")
+    return examples
+
+
+if __name__ == "__main__":
+    common.cli(main)
