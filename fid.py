@@ -597,7 +597,7 @@ def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
             panel = axes[2 * (i // 8) + row, i % 8]
             panel.set_axis_on()
             colour = ORANGE if means[i] > COLLAPSED else BLUE
-            panel.hist(values[:, i], bins=30, range=(0, top), histtype="stepfilled", color=colour)
+            panel.hist(values[:, i].numpy(), bins=30, range=(0, top), histtype="stepfilled", color=colour)
             panel.set(xlim=(0, top), xlabel=name)
         axes[2 * (i // 8), i % 8].set_title(f"z{i + 1}: var. {means[i]:.2f}", fontsize=10)
     count = (

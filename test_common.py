@@ -1668,6 +1668,23 @@ def test_eval_only_of_a_resumed_and_moved_run_evaluates_the_folder_given():
     assert json.loads((place / "results.json").read_text())["args"]["seed"] == 1
 
 
+def test_a_runs_pictures_show_both_ends_the_collapse_and_the_drops_of_the_learning_rate(monkeypatch):
+    images = {kind: torch.arange(40, dtype=torch.uint8)[:, None, None, None] + start for kind, start in (
+        ("reconstruction", 0), ("sample", 50), ("interpolation", 100))}  # fmt: skip
+    pairs = torch.stack([torch.arange(40).flip(0), torch.arange(40).roll(3)])
+    history = [{"epoch": e, "lr": lr, "train_rec": 1, "val_rec": 2} for e, lr in ((1, 0.5), (2, 0.5), (3, 0.25))]
+    lines, titles = [], []
+    monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda self, x, **_: lines.append(x))
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text: titles.append(text))
+    PLOTS["save_pictures"](Path(), images, images["sample"], pairs, history)
+    assert lines == [3]
+    row = np.asarray(Image.open("interpolations.png"))[1, 1::2, 0]  # images of one pixel, a frame of one around each
+    assert row.tolist() == [39, 100, 37, 255, 38, 101, 38, 255, 37, 102, 39, 255, 36, 103, 0, 255]
+    variance = torch.tensor([0.95, 0.2] + [0.91] * 16).expand(5, 18)
+    PLOTS["save_posterior"](Path("posterior.png"), torch.randn(5, 18), variance)
+    assert titles == ["17 of 18 dimensions are collapsed (mean variance above 0.9); the first 16 are shown"]
+
+
 def test_eval_only_gives_the_same_results_and_leaves_the_checkpoints(monkeypatch):
     first = uae.main([*TINY, "--fid", "digits"])
     before = (only("runs") / "last.pt").read_bytes()

@@ -59,12 +59,12 @@ def draw_plane(axes: Axes, examples: list[Example], means: Tensor) -> None:
     """The latent plane: all training means, and for each example the ellipse of Σ, sigma points and samples."""
     angle = torch.linspace(0, 2 * torch.pi, 200)
     circle = torch.stack([angle.cos(), angle.sin()], 1)
-    axes.scatter(*means.T, s=3, color="0.85", label="means of all training images")
+    axes.scatter(*means.T.numpy(), s=3, color="0.85", label="means of all training images")
     for i, (e, colour) in enumerate(zip(examples, COLOURS, strict=False)):
         label = [text if i == 0 else None for text in ("Σ: one standard deviation", "sigma points", "random samples")]
-        axes.plot(*(e.mu + e.scale * circle).T, color=colour, label=label[0])
-        axes.scatter(*e.points[0].T, s=36, color=colour, edgecolor="white", zorder=3, label=label[1])
-        axes.scatter(*e.points[1].T, s=30, color=colour, marker="x", zorder=3, label=label[2])
+        axes.plot(*(e.mu + e.scale * circle).T.numpy(), color=colour, label=label[0])
+        axes.scatter(*e.points[0].T.numpy(), s=36, color=colour, edgecolor="white", zorder=3, label=label[1])
+        axes.scatter(*e.points[1].T.numpy(), s=30, color=colour, marker="x", zorder=3, label=label[2])
     axes.set(title="latent space", aspect="equal", xlabel="z1", ylabel="z2")
     axes.legend(loc="upper left", fontsize=8)
 
@@ -82,7 +82,7 @@ def save_figure(path: Path, examples: list[Example], means: Tensor) -> None:
             panels[2 * i : 2 * i + 2], ("sigma points", "samples"), e.images, e.errors, strict=True
         ):
             for panel, image in zip(row, (e.x, images.mean(0), *images), strict=True):
-                panel.imshow(image, cmap="gray", vmin=-1, vmax=1)
+                panel.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)
                 for spine in panel.spines.values():
                     spine.set(color=colour, linewidth=2)
             row[2].set_ylabel(name, fontsize=8)

@@ -105,7 +105,7 @@ def draw_variances(axes, row: Row) -> None:
         axes.set_axis_off()
         return
     colours = [fid.ORANGE if value > fid.COLLAPSED else fid.BLUE for value in row.variances]
-    axes.bar(range(1, len(colours) + 1), row.variances, width=1, color=colours)
+    axes.bar(range(1, len(colours) + 1), row.variances.numpy(), width=1, color=colours)
     axes.axhline(fid.COLLAPSED, color="0.6", linewidth=0.7, linestyle="--")
     axes.set(ylim=(0, 1.1), yticks=[0, 1], xticks=[])
     axes.set_xlabel(collapsed(row), fontsize=9)
@@ -117,7 +117,7 @@ def save_png(path: Path, rows: list[Row]) -> None:
     panels = figure.subplots(len(rows), 4, squeeze=False, width_ratios=[8, 8, 7, 5])
     for axes, row in zip(panels, rows, strict=True):
         for panel, grid in zip(axes, row.grids.values(), strict=False):
-            panel.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+            panel.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
         axes[0].set_ylabel(row.label.replace(" ", "\n", 1), rotation=0, ha="right", va="center", fontsize=9)
