@@ -66,7 +66,7 @@ def draw_plane(axes: Axes, examples: list[Example], means: Tensor) -> None:
         axes.scatter(*e.points[0].T.numpy(), s=36, color=colour, edgecolor="white", zorder=3, label=label[1])
         axes.scatter(*e.points[1].T.numpy(), s=30, color=colour, marker="x", zorder=3, label=label[2])
     axes.set(title="latent space", aspect="equal", xlabel="z1", ylabel="z2")
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=8)
 
 
 def save_figure(path: Path, examples: list[Example], means: Tensor) -> None:
@@ -88,9 +88,14 @@ def save_figure(path: Path, examples: list[Example], means: Tensor) -> None:
             row[2].set_ylabel(name, fontsize=8)
             spread = f" ± {error.std():.3f}" if error.dim() else ""
             row[1].set_xlabel(f"off by {error.mean():.3f}{spread}", fontsize=8)
-    titles = ["input x", "mean image", "D(μ)", "", "decoded points", "", ""]
+    titles = ["input x", "mean image", "", "", "the five decoded points", "", ""]
     for panel, title in zip(panels[0], titles, strict=True):
         panel.set_title(title, fontsize=9)
+    right.supxlabel(
+        "off by: distance of the mean image from that of the whole posterior (root mean square over pixels);\n"
+        f"for samples mean ± standard deviation over {DRAWS} sets of five, of which one is shown",
+        fontsize=8,
+    )
     common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
@@ -106,7 +111,7 @@ def choose(mu: Tensor, scale: Tensor) -> list[int]:
 def main(argv: list[str] | None = None) -> list[Example]:
     parser = common.Parser(prog="paper.idea", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/idea.png"), help="the picture (default: runs/idea.png)")
-    parser.add_argument("--epochs", default="30", help="of the training (default: 30)")
+    parser.add_argument("--epochs", default="60", help="of the training (default: 60)")
     args = parser.parse_args(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
