@@ -1271,7 +1271,6 @@ def test_fid_command(inception_weights, tmp_path, capsys):
         assert "inception-tf" in line
         fid.main([b, str(tmp_path / "b.npz"), *weights, "--save-stats"])
         assert fid.main([a, str(tmp_path / "b.npz"), *weights]) == pytest.approx(direct, rel=1e-6)
-        assert fid.main([a, a, *weights]) < 1e-3
     other, expected = ["--inception", str(inception_weights / "imagenet.pth")], r"inception-imagenet.*inception-tf"
     with pytest.warns(UserWarning, match="4 images"), pytest.raises(UserError, match=expected):
         fid.main([a, str(tmp_path / "b.npz"), *other])
@@ -2163,8 +2162,9 @@ def faults():
     torch.zeros(2**26)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(min(faults() for _ in range(8)))"""
-    runs = ([sys.executable, "-c", probe, how] for how in ("kept", "default"))
-    kept, default = (int(subprocess.check_output(command, cwd=HERE)) for command in runs)
+    commands = ([sys.executable, "-c", probe, how] for how in ("kept", "default"))
+    runs = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE) for command in commands]
+    kept, default = (int(run.communicate()[0]) for run in runs)
     assert kept < default / 4  # a tensor of 256 MiB, in pages of 4 KiB or 2 MiB; the heap may grow at the second one
 
 

@@ -1,5 +1,6 @@
 """Tests that what the pictures show are the numbers of the runs: paper/idea.py, paper/sheet.py."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import common
+import fid
 import rae
 import uae
 import vae
@@ -22,11 +24,15 @@ TINY = ["--epochs", "1", "--limit-train", "96", "--limit-eval", "20", "--batch-s
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own."""
+    """Every test runs in a folder of its own, without the runs' own pictures."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "DigitsFeatures", functools.cache(fid.DigitsFeatures))
+    for name in ("save_pictures", "save_posterior"):
+        monkeypatch.setattr(fid, name, lambda *_: None)
 
 
-def test_the_idea_shows_sigma_points_the_covariances_ellipse_and_what_they_decode_to():
+def test_the_idea_shows_sigma_points_the_covariances_ellipse_and_what_they_decode_to(monkeypatch):
+    monkeypatch.setattr(idea, "TRAINING", f"{idea.TRAINING} --limit-train 96 --width 0.02")
     examples = idea.main(["--epochs", "1", "--out", "pictures/idea.png"])
     assert np.asarray(Image.open("pictures/idea.png")).std() > 1 and len(examples) == 3
     axes = Figure().subplots()
