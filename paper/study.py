@@ -27,7 +27,7 @@ from pathlib import Path
 
 import common
 from common import UserError
-from paper.table import KINDS, paper_rows, read_results
+from paper.table import KINDS, paper_rows, read_results, regex
 
 ROOT = Path(__file__).parent.parent
 # The settings, fixed before anything was compared: paper/README.md, What was seen
@@ -147,20 +147,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--dataset", choices=SETTINGS, default="fashion_mnist", help="whose setting (default: fashion_mnist)")
     add("--out", type=Path, default=Path("runs/study"), help="folder of the runs (default: runs/study)")
     add("--results", type=Path, help="file of the results (default: results.csv in --out)")
-    add("--rows", metavar="REGEX", default="", help="only rows whose label has this")
+    add("--rows", metavar="REGEX", type=regex, default="", help="only rows whose label has this")
     add("--seeds", type=common.number(int, 0), nargs="+", help="default: 0 to 4 for rows with K ≤ 2, else 0 to 2")
     add("--jobs", type=common.number(int, 1), default=2, help="runs at a time, one thread each (default: 2)")
     add("--dry-run", action="store_true", help="print what would be run and the time expected")
     add("flags", nargs="*", metavar="-- FLAGS", help="further flags of all runs")
     args = parser.parse_args(argv)
-    try:
-        wanted = re.compile(args.rows)
-    except re.error as error:
-        raise UserError(f"--rows {args.rows}: not a regular expression: {error}") from None
     setting = shlex.join(["--dataset", args.dataset, *SETTINGS[args.dataset].split(), *args.flags])
-    rows = [row for row in study_rows(setting) if wanted.search(row.label)]
+    rows = [row for row in study_rows(setting) if args.rows.search(row.label)]
     if not rows:
-        raise UserError(f"--rows {args.rows}: no row has this; --dry-run prints all")
+        raise UserError(f"--rows {args.rows.pattern}: no row has this; --dry-run prints all")
     file = args.results or args.out / "results.csv"
     lines = read_results(file) if file.exists() else []
     if other := {line["setting"] for line in lines} - {setting}:

@@ -12,7 +12,7 @@ import importlib
 import itertools
 import re
 import statistics
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import common
@@ -128,10 +128,14 @@ def place(key: tuple[str, str, str]) -> tuple:
     return *key[:2], ORDER.index(stem) if stem in ORDER else len(ORDER), key[2]
 
 
-def results_table(*folders: Path) -> str:
+def results_table(*folders: Path, wanted: str | re.Pattern = "") -> str:
     """One Markdown table of all results.json below the folders, a row per data set, model and features: mean ± standard
-    deviation over seeds, and the paper's numbers for its rows. Below the table is what was left out."""
+    deviation over seeds, and the paper's numbers for its rows. Below the table is what was left out.
+
+    wanted: a regular expression; only the models that have it.
+    """
     rows, left_out = read_runs(folders)
+    rows = {key: runs for key, runs in rows.items() if re.search(wanted, key[2])}
     paper = paper_results()
     compared = any((dataset, model) in paper for dataset, _, model in rows)
     header = ["Data set", "Model", "Features", "Images", "Rec.", "Sample", "Interp.", "MSE", "Seeds"]
@@ -150,16 +154,25 @@ def results_table(*folders: Path) -> str:
     return "\n".join([*lines, *(f"\nleft out: {what}" for what in left_out)])
 
 
+def regex(text: str) -> re.Pattern:
+    """A regular expression, as argparse wants it."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = common.Parser(prog="paper.table", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "folders", type=Path, nargs="*", help="folders of runs, for example runs/, or results of paper.study"
     )
+    parser.add_argument("--rows", metavar="REGEX", type=regex, default="", help="only models whose name has this")
     parser.add_argument("--paper", action="store_true", help="print the paper's tables")
     args = parser.parse_args(argv)
     if bool(args.folders) == args.paper:
         parser.error("give folders of runs, for example runs/, or --paper")
-    print(paper_tables() if args.paper else results_table(*args.folders))
+    print(paper_tables() if args.paper else results_table(*args.folders, wanted=args.rows))
 
 
 if __name__ == "__main__":

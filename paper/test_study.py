@@ -159,6 +159,11 @@ def test_the_table_reads_a_studys_results(capsys):
     )
     assert lines[2] == f"{ours}| 2 | 44.29 / 48.73 / 61.99 |"
     assert lines[-1] == "left out: Bad, seed 1: NaN"
+    table.main([str(file), "--rows", "^V"])
+    assert capsys.readouterr().out.splitlines() == [*lines[:3], "", "left out: Bad, seed 1: NaN"]
+    with pytest.raises(SystemExit):
+        table.main([str(file), "--rows", "("])
+    assert "'(' is not a regular expression" in capsys.readouterr().err
     Path("other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"other\.csv has no results of paper\.study"):
         table.main(["other.csv"])
