@@ -86,8 +86,8 @@ def record(row: Row, seed: int, dataset: str, setting: str, out: Path, log: Path
     line = {"dataset": dataset, "label": row.label, "seed": seed, "command": row.command, "setting": setting}
     line |= dict.fromkeys(["metric", "features", "images", *MEASURED, "seconds", "torch", "commit", "error"], "")
     if exitcode:
-        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or [f"exit code {exitcode}"]
-        return line | {"error": last[0]}
+        *_, last = ["no output", *log.read_text(encoding="utf-8").strip().splitlines()]
+        return line | {"error": f"exit code {exitcode}: {last}"}
     file = max(out.glob("*/results.json"), key=lambda file: file.stat().st_mtime)
     results = common.load_json(file)
     with open(file.with_name("metrics.csv"), newline="", encoding="utf-8") as epochs:

@@ -52,7 +52,9 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     (line,) = table.read_results(Path("out/results.csv"))
-    assert (line["label"], line["seed"]) == ("RAE-no-reg", "3") and "cannot read" in line["error"]
+    assert (line["label"], line["seed"]) == ("RAE-no-reg", "3") and "exit code 2: rae.py: error: cannot read" in line[
+        "error"
+    ]
     while re.search("^[^Z]", subprocess.run(["ps", "-o", "stat=", *children], capture_output=True, text=True).stdout):
         assert time.monotonic() < deadline  # none of its processes outlives it
         time.sleep(0.05)
