@@ -37,7 +37,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 0 12px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; }
 th, td { padding: 3px 9px; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
-th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
+th:first-child, td:first-child { text-align: left; }
 section { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
 figure { margin: 0; } img { width: 100%; }
 .grid { image-rendering: pixelated; } figcaption { font-size: 13px; color: #444; }
@@ -151,12 +151,13 @@ def row_html(row: Row) -> str:
 
 def table_html(markdown: str) -> str:
     """`results_table`'s Markdown as HTML."""
-    head, _, *lines = [line for line in markdown.splitlines() if line]
+    lines = [line for line in markdown.splitlines() if line]
+    head, _, *body = [line for line in lines if line.startswith("|")]
 
     def cells(line: str, tag: str) -> str:
         return "".join(f"<{tag}>{html.escape(cell.strip())}</{tag}>" for cell in line.strip("| ").split(" | "))
 
-    rows = [f"<tr>{cells(line, 'td')}</tr>" for line in lines if line.startswith("|")]
+    rows = [f"<tr>{cells(line, 'td')}</tr>" for line in body]
     rest = [f"<p>{html.escape(line)}</p>" for line in lines if not line.startswith("|")]
     table = f"<table><tr>{cells(head, 'th')}</tr>{''.join(rows)}</table>"
     return f'<div class="scroll">{table}</div>{"".join(rest)}'

@@ -130,28 +130,37 @@ def place(key: tuple[str, str, str]) -> tuple:
 
 def results_table(*folders: Path, wanted: str | re.Pattern = "") -> str:
     """One Markdown table of all results.json below the folders, a row per data set, model and features: mean ± standard
-    deviation over seeds, and the paper's numbers for its rows. Below the table is what was left out.
+    deviation over seeds, and the paper's numbers for its rows. What all rows have in common stands above the table,
+    what was left out below it.
 
     wanted: a regular expression; only the models that have it.
     """
     rows, left_out = read_runs(folders)
     rows = {key: runs for key, runs in rows.items() if re.search(wanted, key[2])}
+    if not rows:
+        raise UserError("--rows: no model has this in its name")
     paper = paper_results()
     compared = any((dataset, model) in paper for dataset, _, model in rows)
-    header = ["Data set", "Model", "Features", "Images", "Rec.", "Sample", "Interp.", "MSE", "Seeds"]
-    header += ["Paper (rec. / sample / interp.)"] * compared
+    groups = {(*key[:2], str(runs[0][1]["count"])) for key, runs in rows.items()}
+    header = ["Data set", "Features", "Images"] if len(groups) > 1 else []
+    header += ["Model", "Rec.", "Sample", "Interp.", "MSE", "Seeds", *["Paper (rec. / sample / interp.)"] * compared]
+    title = [] if len(groups) > 1 else ["{}, {}, {} images:".format(*group) + "\n" for group in groups]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for key in sorted(rows, key=place):
         (dataset, features, model), runs = key, rows[key]
         check_runs(f"{model} on {dataset}", runs)
-        cells = [dataset, model, features, str(runs[0][1]["count"])]
-        for kind, digits in (*((kind, 2) for kind in KINDS), ("validation_mse", 5)):
-            values = [result[kind] for _, result in runs]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        cells = [dataset, features, str(runs[0][1]["count"])] if len(groups) > 1 else []
+        cells += [model, *(spread([result[kind] for _, result in runs]) for kind in (*KINDS, "validation_mse"))]
         cells += [str(len(runs)), *[" / ".join(paper.get((dataset, model), ()))] * compared]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *(f"\nleft out: {what}" for what in left_out)])
+    return "\n".join([*title, *lines, *(f"\nleft out: {what}" for what in left_out)])
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation, to two decimals of a distance as the paper has it, to five of a small error."""
+    mean = statistics.mean(values)
+    digits = 1 if mean >= 100 else 2 if mean >= 0.5 else 5
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def regex(text: str) -> re.Pattern:

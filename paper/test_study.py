@@ -104,7 +104,7 @@ def results_file(path, values, dataset="fashion_mnist"):
         for seed, value in seeds.items():
             line = {"dataset": dataset, "label": label, "seed": seed, "command": "", "setting": "--width 1"}
             line |= {"metric": "FD-Lite0", "features": "lite0@128", "images": 2000, "error": ""}
-            line |= {"reconstruction": value, "sample": 2 * value, "interpolation": 50 - value}
+            line |= {"reconstruction": value, "sample": 2 * value, "interpolation": 500 - value}
             lines.append(line | {"validation_mse": value / 1000, "collapsed_dimensions": round(value)})
     Path(path).write_text(study.common.csv_text(lines))
     return Path(path)
@@ -153,18 +153,18 @@ def test_every_claim_is_of_rows_of_the_study():
 
 
 def test_the_table_reads_a_studys_results(capsys):
-    file = results_file("r.csv", {"VAE 8x": {0: 30, 1: 40}, "Mine": {0: 1}})
+    file = results_file("r.csv", {"VAE 8x": {0: 60, 1: 70}, "Mine": {0: 1}})
     with open(file, "a") as more:
         more.write(file.read_text().splitlines()[-1].replace("Mine,0", "Bad,1").replace(",2000,,", ",2000,NaN,") + "\n")
     table.main([str(file)])
     lines = capsys.readouterr().out.splitlines()
-    ours = (
-        "| fashion_mnist | VAE 8x | lite0@128 | 2000 | 35.00 ± 7.07 | 70.00 ± 14.14 | 15.00 ± 7.07 | 0.03500 ± 0.00707 "
-    )
-    assert lines[2] == f"{ours}| 2 | 44.29 / 48.73 / 61.99 |"
+    ours = "| VAE 8x | 65.00 ± 7.07 | 130.0 ± 14.1 | 435.0 ± 7.1 | 0.06500 ± 0.00707 | 2 | 44.29 / 48.73 / 61.99 |"
+    assert lines[0] == "fashion_mnist, lite0@128, 2000 images:" and lines[4] == ours
     assert lines[-1] == "left out: Bad, seed 1: NaN"
     table.main([str(file), "--rows", "^V"])
-    assert capsys.readouterr().out.splitlines() == [*lines[:3], "", "left out: Bad, seed 1: NaN"]
+    assert capsys.readouterr().out.splitlines() == [*lines[:5], "", "left out: Bad, seed 1: NaN"]
+    with pytest.raises(UserError, match="no model has this"):
+        table.main([str(file), "--rows", "X"])
     with pytest.raises(SystemExit):
         table.main([str(file), "--rows", "("])
     assert "'(' is not a regular expression" in capsys.readouterr().err
