@@ -600,6 +600,10 @@ def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
             panel.hist(values[:, i].numpy(), bins=30, range=(0, top), histtype="stepfilled", color=colour)
             panel.set(xlim=(0, top), xlabel=name)
         axes[2 * (i // 8), i % 8].set_title(f"z{i + 1}: var. {means[i]:.2f}", fontsize=10)
+    for kind in (axes[::2], axes[1::2]):
+        top = max(panel.get_ylim()[1] for panel in kind.flat)
+        for panel in kind.flat:
+            panel.set_ylim(0, top)
     count = (
         f"{int((means > COLLAPSED).sum())} of {len(means)} dimensions are collapsed (mean variance above {COLLAPSED})"
     )

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from scipy.stats import spearmanr
 
 import common
-from paper.table import KINDS, paper_results, read_results
+from fid import KINDS
+from paper.table import paper_results, read_results
 
 ERROR = "validation_mse"
 TITLES = {"reconstruction": "Rec.", "sample": "Sample", "interpolation": "Interp.", ERROR: "MSE"}

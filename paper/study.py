@@ -27,7 +27,8 @@ from pathlib import Path
 
 import common
 from common import UserError
-from paper.table import KINDS, paper_rows, read_results, regex
+from fid import KINDS
+from paper.table import paper_rows, read_results, regex
 
 ROOT = Path(__file__).parent.parent
 # The settings, fixed before anything was compared: paper/README.md, What was seen

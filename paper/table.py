@@ -17,10 +17,10 @@ from pathlib import Path
 
 import common
 from common import UserError
+from fid import KINDS
 
 TABLES = Path(__file__).with_name("tables.csv")
 DATASETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
-KINDS = ("reconstruction", "sample", "interpolation")
 ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "UT-VAE*", "UAE", "IWAE", "WAE-MMD"]
 # differ between runs of one row: the seed, where a run was and how it was started; label follows from the others
 IGNORED = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "save_images", "label"}
