@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -189,11 +190,6 @@ def slerp(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
 # Nets (Table 4)
 
 
-def channels_at(width: float, *channels: int) -> list[int]:
-    """Hidden channels at a width multiplier, never fewer than 1."""
-    return [max(1, round(width * c)) for c in channels]
-
-
 def check_image_size(image_size: int) -> None:
     """Raise ValueError unless the nets of Table 4 have a version for this size."""
     if image_size not in (32, 64):
@@ -213,7 +209,7 @@ class Encoder(nn.Module):
     def __init__(self, channels: int, image_size: int, width: float = 1.0) -> None:
         super().__init__()
         check_image_size(image_size)
-        hidden = channels_at(width, 32, 64, 128, 256, 512, 1024)
+        hidden = [max(1, round(width * c)) for c in (32, 64, 128, 256, 512, 1024)]
         layers = []
         for c_in, c_out in zip([channels, *hidden], hidden, strict=False):
             convolution = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)  # batch norm has the bias
@@ -264,7 +260,7 @@ class Decoder(nn.Module):
         super().__init__()
         check_image_size(image_size)
         stages = 2 if image_size == 32 else 3
-        hidden = channels_at(width, 1024, 512, 256, 128)[: stages + 1]
+        hidden = [max(1, round(width * c)) for c in (1024, 512, 256, 128)[: stages + 1]]
         self.linear = nn.Linear(latent_dim, hidden[0] * 8 * 8)
         self.first = nn.ConvTranspose2d(hidden[0], hidden[1], 4, stride=2, padding=1, bias=False)
         layers = [nn.BatchNorm2d(hidden[1]), nn.LeakyReLU(inplace=True)]
@@ -357,7 +353,7 @@ FASHION_MNIST_MD5 = {  # of the uncompressed files
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
 }
-CELEBA_SPLITS = {"train": 162770, "val": 19867, "test": 19962}  # in the order of the file names
+CELEBA_SPLITS = (162770, 19867, 19962)  # training, validation, test, in the order of the file names
 SPLIT_SETS = (["train"], ["test", "train"], ["test", "train", "val"])  # what may be given; the rest is held out
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders by name
 
@@ -370,7 +366,7 @@ class Dataset:
     train: Tensor
     val: Tensor
     test: Tensor
-    preprocessing: str  # in words, for results.json
+    preprocessing: str  # in words, for results.json; resizing is bilinear and antialiased
 
 
 def defaults_of(name: str, image_size: int | None = None) -> dict:
@@ -409,18 +405,23 @@ def load_dataset(
     size = image_size or defaults_of(name)["image_size"]
     loaders = {"digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "celeba": _celeba}
     if name in loaders:
-        (train, val, test), preprocessing = loaders[name](Path(data_dir))
-        if train.shape[-1] != size:
-            train, val, test = (image_ops.resize(split, [size, size], antialias=True) for split in (train, val, test))
-            preprocessing += f", resized to {size}"
+        splits, preprocessing = loaders[name](Path(data_dir))
     elif Path(name).is_file():
-        (train, val, test), preprocessing = _array(Path(name), size)
-        name = own_name(name)
+        splits, preprocessing = hold_out(read_arrays(Path(name)), name), "centre crop"
     else:
-        (train, val, test), preprocessing = _folder(Path(name), Path(data_dir), size)
-        name = own_name(name)
-    splits = train[:limit_train], val[:limit_eval], test[:limit_eval]
-    return Dataset(name, *(split.to(device) for split in splits), preprocessing)
+        splits, preprocessing = _folder(Path(name), Path(data_dir), size), f"centre crop, to {size}x{size}"
+    splits = [split[:limit] for split, limit in zip(splits, (limit_train, limit_eval, limit_eval), strict=True)]
+    if any(split.shape[-2:] != (size, size) for split in splits):
+        splits = [crop_and_resize(split, size) for split in splits]
+        preprocessing += f", to {size}x{size}"
+    splits = [split.to(device) for split in splits]
+    return Dataset(name if name in loaders else own_name(name), *splits, preprocessing)
+
+
+def crop_and_resize(images: Tensor, size: int, crop: int = 0) -> Tensor:
+    """The centred square of images [...,H,W], of `crop` pixels or as large as it goes, resized with antialiasing."""
+    square = image_ops.center_crop(images, [crop or min(images.shape[-2:])] * 2)
+    return image_ops.resize(square, [size, size], antialias=True)
 
 
 def _digits(_data_dir: Path) -> tuple[list[Tensor], str]:
@@ -429,37 +430,33 @@ def _digits(_data_dir: Path) -> tuple[list[Tensor], str]:
     images = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 16  # [1797,1,8,8] in [0,1]
     images = F.interpolate(images, size=(32, 32), mode="bilinear").mul(255).round().to(torch.uint8)
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]  # they come by writer
-    return list(images.split([1197, 300, 300])), "8x8 to 32x32 bilinear"
+    return list(images.split([1197, 300, 300])), "8x8, bilinear to 32x32"
 
 
 def _fashion_mnist(data_dir: Path) -> tuple[list[Tensor], str]:
     raw = data_dir / "FashionMNIST" / "raw"
-    folders = [raw, DEBIAN_FASHION_MNIST]
-    if not any(file.is_file() for folder in folders for file in idx_files(folder, "train-images-idx3-ubyte")):
+
+    def find(name: str) -> Path | None:
+        files = (folder / (name + suffix) for folder in (raw, DEBIAN_FASHION_MNIST) for suffix in ("", ".gz"))
+        return next((file for file in files if file.is_file()), None)
+
+    if not any(map(find, FASHION_MNIST_MD5)):
         _torchvision("FashionMNIST", data_dir, "train-images-idx3-ubyte.gz and t10k-images-idx3-ubyte.gz", raw)
-    train, test = (read_idx(folders, name, md5) for name, md5 in FASHION_MNIST_MD5.items())
-    train, test = (image_ops.resize(split, [32, 32], antialias=True) for split in (train, test))
+    train, test = (read_idx(find(name) or raw / f"{name}.gz", md5) for name, md5 in FASHION_MNIST_MD5.items())
     validation = len(train) // 6  # 50k + 10k of the 60k
-    return [train[:-validation], train[-validation:], test], "28x28 to 32x32 bilinear antialiased"
+    return [train[:-validation], train[-validation:], test], "28x28"
 
 
-def idx_files(folder: Path, name: str) -> list[Path]:
-    return [folder / name, folder / f"{name}.gz"]
-
-
-def read_idx(folders: list[Path], name: str, md5: str) -> Tensor:
-    """The images of an IDX file, gzipped or not, in the first folder that has it: uint8 [N,1,H,W]. Raises UserError."""
-    for file in (file for folder in folders for file in idx_files(folder, name) if file.is_file()):
-        try:
-            content = file.read_bytes()
-            content = gzip.decompress(content) if file.suffix == ".gz" else content
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {file}: {error}") from None
-        if hashlib.md5(content).hexdigest() != md5:
-            raise UserError(f"{file} is not the published file (its checksum differs): remove it")
-        shape = struct.unpack(">III", content[4:16])  # after the magic number: images, rows, columns
-        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()).unsqueeze(1)
-    raise UserError(f"{name} is missing: put it, or {name}.gz, into {folders[0]}/")
+def read_idx(file: Path, md5: str) -> Tensor:
+    """The images of an IDX file, gzipped or not, whose content has this checksum: uint8 [N,1,H,W]. Raises UserError."""
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    if hashlib.md5(content).hexdigest() != md5:
+        raise UserError(f"{file} is not the published file (its checksum differs): remove it")
+    shape = struct.unpack(">III", content[4:16])  # after the magic number: images, rows, columns
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()).unsqueeze(1)
 
 
 def _cifar10(data_dir: Path) -> tuple[list[Tensor], str]:
@@ -483,30 +480,26 @@ def _torchvision(name: str, data_dir: Path, files: str, place: Path) -> list:
 
 
 def _celeba(data_dir: Path) -> tuple[list[Tensor], str]:
-    root, n = data_dir / "celeba", CELEBA_SPLITS
+    root = data_dir / "celeba"
     folder, partition = root / "img_align_celeba", root / "list_eval_partition.txt"
     if not folder.is_dir():
         raise UserError(f"CelebA is not in {root}/: put the folder img_align_celeba/ and list_eval_partition.txt there")
-    files = sorted(folder.glob("*.jpg"))
     if partition.is_file():
-        splits = [[], [], []]
-        for line in partition.read_text().splitlines():
-            name, _, split = line.strip().rpartition(" ")
-            if split not in ("0", "1", "2") or not name:
-                raise UserError(f"{partition}: {line!r} is not '<file name> <0|1|2>'")
-            splits[int(split)].append(folder / name.strip())
-        missing = sorted({file for split in splits for file in split} - set(files))
-        if missing or not all(splits):
-            what = f"{len(missing)} files are missing, the first is {missing[0]}" if missing else "an empty split"
-            raise UserError(f"CelebA by {partition}: {what}")
-    elif len(files) == sum(n.values()):
-        splits = [files[: n["train"]], files[n["train"] : -n["test"]], files[-n["test"] :]]
+        lines = partition.read_text().splitlines()
+        if wrong := [line for line in lines if not re.fullmatch(r"\S+\s+[012]\s*", line)]:
+            raise UserError(f"{partition}: {wrong[0]!r} is not '<file name> <0|1|2>'")
+        splits = [[folder / line.split()[0] for line in lines if line.split()[1] == split] for split in "012"]
     else:
-        raise UserError(f"{folder}/ has {len(files)} of the {sum(n.values())} images: complete it, or add {partition}")
-    return decode_images(splits, 64, data_dir, crop=148), "centre crop 148, resized to 64 bilinear antialiased"
+        files, last = sorted(folder.glob("*.jpg")), list(itertools.accumulate(CELEBA_SPLITS))
+        if len(files) != last[-1]:
+            raise UserError(f"{folder}/ has {len(files)} of the {last[-1]} images: complete it, or add {partition}")
+        splits = [files[: last[0]], files[last[0] : last[1]], files[last[1] :]]
+    if not all(splits):
+        raise UserError(f"{partition} has no images for one of 0 (training), 1 (validation), 2 (test)")
+    return decode_images(splits, 64, data_dir, crop=148), "centre crop 148, to 64x64"
 
 
-def _folder(root: Path, data_dir: Path, size: int) -> tuple[list[Tensor], str]:
+def _folder(root: Path, data_dir: Path, size: int) -> list[Tensor]:
     files = image_files(root)
     folders = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name.lower() in SPLITS)
     splits = {SPLITS[name.lower()]: [file for file in files if file.is_relative_to(root / name)] for name in folders}
@@ -521,10 +514,10 @@ def _folder(root: Path, data_dir: Path, size: int) -> tuple[list[Tensor], str]:
         raise UserError(f"{min(outside)} lies beside {'/ '.join(folders)}/ and would not be used: move or remove it")
     splits = splits or {"train": files}
     images = dict(zip(splits, decode_images(list(splits.values()), size, data_dir), strict=True))
-    return hold_out(images, root), f"centre crop, resized to {size} bilinear antialiased"
+    return hold_out(images, root)
 
 
-def hold_out(images: dict[str, Tensor], source: Path) -> list[Tensor]:
+def hold_out(images: dict[str, Tensor], source: str | Path) -> list[Tensor]:
     """Training, validation and test images; those not given are held out by a fixed split, the same on every machine.
 
     Raises UserError if there are too few.
@@ -575,14 +568,6 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
     if len({images.shape[1] for images in arrays.values()}) > 1:
         raise UserError(f"{file}: some arrays are grey, others have three channels")
     return arrays
-
-
-def _array(file: Path, size: int) -> tuple[list[Tensor], str]:
-    images = {}
-    for name, split in read_arrays(file).items():
-        square = image_ops.center_crop(split, [min(split.shape[2:])] * 2)
-        images[name] = image_ops.resize(square, [size, size], antialias=True)
-    return hold_out(images, file), f"centre crop, resized to {size} bilinear antialiased"
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -652,9 +637,7 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
         images = np.empty(shape, np.uint8)
 
         def decode(i: int) -> None:
-            image = read_image(files[i])
-            image = image_ops.center_crop(image, [crop or min(image.shape[1:])] * 2)
-            images[i] = image_ops.resize(image, [size, size], antialias=True)
+            images[i] = crop_and_resize(read_image(files[i]), size, crop)
 
         with ThreadPoolExecutor() as pool, progress("decoding images", len(files)) as bar:
             for _ in pool.map(decode, range(len(files))):
@@ -703,8 +686,8 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments and errors
 
-CHANGEABLE = {"epochs", "device", "data_dir", "fid", "fid_method", "compile", "save_images", "resume", "eval_only"}
-UNNAMED = CHANGEABLE - {"epochs"} | {"dataset", "out", "seed"}  # flags that are not in a folder's name
+CHANGEABLE = {"device", "data_dir", "fid", "fid_method", "compile", "save_images", "resume", "eval_only"}
+UNNAMED = CHANGEABLE | {"dataset", "out", "seed"}  # flags that are not in a folder's name
 
 
 class Parser(argparse.ArgumentParser):
@@ -741,12 +724,7 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
     parser = Parser(prog=Path(script).name, description=description, formatter_class=Help, allow_abbrev=False)
     add, by_data = parser.add_argument, "(default: by data set)"
     known = ", ".join(DEFAULTS)
-    add(
-        "--dataset",
-        type=dataset_name,
-        default="digits",
-        help=f"{known}, a folder of images, or an .npy or .npz of them",
-    )
+    add("--dataset", type=dataset_name, default="digits", help=f"{known}, or a folder, .npy or .npz of images")
     add("--data-dir", default="data", help="where data sets are looked for, downloaded to and cached")
     add("--image-size", type=int, choices=(32, 64), help=f"pixels, height and width {by_data}")
     add("--limit-train", type=number(int, 1), help="use only this many training images")
@@ -826,19 +804,17 @@ def differences(args: argparse.Namespace, saved: dict, ignored: set[str]) -> lis
 
 def check_saved(args: argparse.Namespace, saved: dict, folder: str) -> None:
     """Raise UserError where the arguments given differ from those of the run in `folder`."""
-    changed = differences(args, saved, CHANGEABLE | ({"precision"} if args.eval_only else set()))
+    changed = differences(args, saved, CHANGEABLE | {"precision" if args.eval_only else "epochs"})
     if changed == ["world_size"]:
         raise UserError(f"{folder} ran on {saved['world_size']} ranks and cannot go on with {args.world_size}")
     if changed:
         differ = ", ".join(f"--{n.replace('_', '-')} is {saved[n]!r}, not {getattr(args, n)!r}" for n in changed)
         raise UserError(f"{folder} cannot go on with other arguments: {differ}")
-    if args.eval_only and args.epochs != saved["epochs"]:
-        raise UserError(f"--epochs {args.epochs} changes nothing with --eval-only: use --resume {folder}")
 
 
 def find_run(args: argparse.Namespace) -> Path | None:
     """The unfinished run of these arguments below --out, or None if there is none; exits with 0 if it is finished."""
-    ignored, finished = CHANGEABLE - {"epochs"} | {"out", "world_size", "label"}, None
+    ignored, finished = CHANGEABLE | {"out", "world_size", "label"}, None
     for folder in (file.parent for file in sorted(Path(args.out).glob("*/args.json"))):
         if (folder / "last.pt").is_file() and not differences(args, load_json(folder / "args.json"), ignored):
             rows = folder / "metrics.csv"
