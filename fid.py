@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> float | None:
 COMPONENTS = 10  # of the ex-post mixture (Sec. 5.1)
 KINDS = ("reconstruction", "sample", "interpolation")
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, which colour-blind readers can tell apart
-WORDS = {"rec": "reconstruction error (MSE)", "reg": "latent regularisation", "mmd": "MMD"}
+WORDS = {"rec": "reconstruction error (MSE)", "reg": "latent regularisation"}  # the loss's parts, in curves.png
 WORDS |= dict.fromkeys(("gp", "l2"), "decoder regularisation")
 COLLAPSED = 0.9  # mean variance from which a dimension is called so: the prior's is 1 (Appendix H)
 

@@ -3,7 +3,7 @@
     python -m paper.gradient_noise                        # the embedded digits
     python -m paper.gradient_noise --dataset cifar10      # the paper's figure
 
-Trains a UT-VAE with K = 2 and random pairs (every flag of ut_vae.py can be given), and after each epoch measures on its
+Trains a UT-VAE with K = 2 and random pairs (the flags of ut_vae.py can be given), and after each epoch measures on its
 last batch, beside the training, for each of --seeds.
 Writes gradient_noise.csv and gradient_noise.png into a folder below --out.
 """
@@ -23,6 +23,7 @@ import ut_vae
 from common import sample_gaussian, sample_sigma_points
 
 PAIRS, SAMPLES = 50, 200  # draws (Appendix B)
+REFUSED = ("--seed", "--resume", "--eval-only", "--fid", "--fid-method", "--save-images")  # ut_vae.py's others do here
 
 
 def moments(decoder: nn.Module, x: Tensor, draw, draws: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,16 +119,20 @@ def arguments(argv: list[str] | None = None) -> list[Namespace]:
     """ut_vae.py's for each of --seeds, with K = 2 and random pairs."""
     parser = common.Parser(prog="paper.gradient_noise", add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds", type=common.number(int, 0), nargs="+", default=[0, 1, 2])
+    for flag in REFUSED:
+        parser.add_argument(flag, nargs="?", const="")
     ours, argv = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nThe flags are those of ut_vae.py, with --seeds in place of --seed:\n")
-    if "--seed" in argv:
-        raise common.UserError("--seed: give --seeds, for example --seeds 0 1 2")
+    for flag in REFUSED:
+        if getattr(ours, flag.strip("-").replace("-", "_")) is not None:
+            why = "give --seeds" if flag == "--seed" else "this starts anew, and measures gradients, not images"
+            raise common.UserError(f"{flag} is not for paper.gradient_noise: {why}")
     runs = []
     for seed in ours.seeds:
         args = ut_vae.arguments(["--k", "2", "--sigma-points", "pairs", *argv, "--seed", str(seed)])
-        if args.resume or args.eval_only or args.world_size > 1:
-            raise common.UserError("paper.gradient_noise starts anew, in one process: no --resume or --eval-only")
+        if args.world_size > 1:
+            raise common.UserError("paper.gradient_noise runs in one process, without torchrun")
         args.name = args.name.replace("ut_vae", "gradient_noise", 1).rpartition("-seed")[0]
         runs.append(args)
     return runs

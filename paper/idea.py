@@ -111,11 +111,11 @@ def choose(mu: Tensor, scale: Tensor) -> list[int]:
 def main(argv: list[str] | None = None) -> list[Example]:
     parser = common.Parser(prog="paper.idea", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/idea.png"), help="the picture (default: runs/idea.png)")
-    parser.add_argument("--epochs", default="60", help="of the training (default: 60)")
+    parser.add_argument("--epochs", type=common.number(int, 0), default=60, help="of the training (default: 60)")
     args = parser.parse_args(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        ut_vae.main([*TRAINING.split(), "--epochs", args.epochs, "--out", folder])
+        ut_vae.main([*TRAINING.split(), "--epochs", str(args.epochs), "--out", folder])
         (run,) = Path(folder).iterdir()
         encoder, decoder, _ = common.load_trained(run, ut_vae.nets)
     data = common.load_dataset("digits")

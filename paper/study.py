@@ -86,10 +86,10 @@ def record(row: Row, seed: int, dataset: str, setting: str, out: Path, log: Path
     """The line of a run that has ended, from its folder or, if it failed, from the last line of its output."""
     line = {"dataset": dataset, "label": row.label, "seed": seed, "command": row.command, "setting": setting}
     line |= dict.fromkeys(["metric", "features", "images", *MEASURED, "seconds", "torch", "commit", "error"], "")
-    if exitcode:
+    *_, file = [None, *sorted(out.glob("*/results.json"), key=lambda file: file.stat().st_mtime)]
+    if exitcode or not file:
         *_, last = ["no output", *log.read_text(encoding="utf-8").strip().splitlines()]
         return line | {"error": f"exit code {exitcode}: {last}"}
-    file = max(out.glob("*/results.json"), key=lambda file: file.stat().st_mtime)
     results = common.load_json(file)
     with open(file.with_name("metrics.csv"), newline="", encoding="utf-8") as epochs:
         seconds = sum(float(epoch["seconds"]) for epoch in csv.DictReader(epochs))

@@ -221,7 +221,10 @@ def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     ours = trained[gradient_noise, 0].state_dict()
     assert all(torch.equal(ours[name], value) for name, value in last.items())  # the training is the same
     assert json.loads((run / "args.json").read_text())["sigma_points"] == "pairs"
-    with pytest.raises(UserError, match="--seed: give --seeds"):
-        gradient_noise.main(["--seed", "1"])
-    with pytest.raises(UserError, match="no --resume"):
-        gradient_noise.main(["--resume", str(run), "--sigma-points", "pairs"])
+    for flags, why in (
+        (["--seed=1"], "give --seeds"),
+        (["--resume", str(run)], "anew"),
+        (["--fid", "tf"], "not images"),
+    ):
+        with pytest.raises(UserError, match=f"^{flags[0].partition('=')[0]} is not for paper.gradient_noise: .*{why}"):
+            gradient_noise.main(flags)
