@@ -17,11 +17,13 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from argparse import RawDescriptionHelpFormatter
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 
@@ -82,6 +84,16 @@ def run_script(script: str, argv: list[str], log: Path) -> None:
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
+def code_version() -> str:
+    """The commit of this repository, with -dirty if its Python files were changed since; nothing without git."""
+    if not shutil.which("git"):
+        return ""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    changed = commit and git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+    return f"{commit}-dirty" if changed else commit
+
+
 def record(row: Row, seed: int, dataset: str, setting: str, out: Path, log: Path, exitcode: int) -> dict:
     """The line of a run that has ended, from its folder or, if it failed, from the last line of its output."""
     line = {"dataset": dataset, "label": row.label, "seed": seed, "command": row.command, "setting": setting}
@@ -94,13 +106,12 @@ def record(row: Row, seed: int, dataset: str, setting: str, out: Path, log: Path
     with open(file.with_name("metrics.csv"), newline="", encoding="utf-8") as epochs:
         seconds = sum(float(epoch["seconds"]) for epoch in csv.DictReader(epochs))
     seconds += file.stat().st_mtime - file.with_name("last.pt").stat().st_mtime  # the evaluation
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return line | {
         **{name: results.get(name, "") for name in ("metric", "features", *MEASURED)},
         "images": results["images"]["test"],
         "seconds": round(seconds),
         "torch": results["versions"]["torch"],
-        "commit": git.stdout.strip(),
+        "commit": code_version(),
     }
 
 

@@ -80,6 +80,22 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch):
         study.main([*argv, "--lr", "0.001"])
 
 
+def test_a_line_names_the_commit_and_whether_the_code_was_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    assert study.code_version() == ""  # no repository
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a"]
+    for name in ("a.py", "results.csv"):
+        Path(name).write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"]):
+        subprocess.run([*git, *command], check=True)
+    commit = study.code_version()
+    assert re.fullmatch("[0-9a-f]{7,}", commit)
+    Path("results.csv").write_text("2")  # as the study itself does
+    assert study.code_version() == commit
+    Path("a.py").write_text("2")
+    assert study.code_version() == f"{commit}-dirty"
+
+
 def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):
     study.main(["--dry-run"])
     *runs, last = capsys.readouterr().out.splitlines()
