@@ -48,23 +48,28 @@ MINUTES = 1.8  # for each unit of cost below, until a row is finished here; one 
 
 
 class Row:
-    """A row in a setting: `label`, `command` (script and flags of the row alone), `argv` and `cost`."""
+    """A row in a setting: `label`, `command` (script and flags of the row alone), `argv` and `cost`.
 
-    def __init__(self, command: str, setting: str) -> None:
+    Which sigma points the paper draws depends on the data set: they are named in argv, for images from elsewhere.
+    """
+
+    def __init__(self, command: str, setting: str, dataset: str) -> None:
         self.command = command
         self.script, *flags = command.split()
         self.argv = [*flags, *shlex.split(setting)]
-        args = importlib.import_module(self.script.removesuffix(".py")).arguments(self.argv)
+        script = importlib.import_module(self.script.removesuffix(".py"))
+        args = script.arguments([*self.argv, "--dataset", dataset])
+        self.argv += ["--sigma-points", args.sigma_points] if "sigma_points" in args else []
         self.label, self.k = args.label, getattr(args, "k", 1)
         penalty = "-GP" in args.label or args.script == "uae"
         self.cost = 1 + self.k + 2 * penalty  # the decoder's passes, and about one more for the encoder
 
 
-def study_rows(setting: str) -> list[Row]:
+def study_rows(setting: str, dataset: str) -> list[Row]:
     """The distinct rows of tables.csv, without Table 8's other name for UAE 2x, and the ablations; cheap ones first."""
     rows = {}
     for command in (*(row["command"] for row in paper_rows() if row["label"] != "UT-VAE*-GP 2x"), *ABLATIONS):
-        row = Row(command, setting)
+        row = Row(command, setting, dataset)
         rows.setdefault(row.label, row)
     return sorted(rows.values(), key=lambda row: row.cost)
 
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     add("flags", nargs="*", metavar="-- FLAGS", help="further flags of all runs")
     args = parser.parse_args(argv)
     setting = shlex.join(["--dataset", args.dataset, *SETTINGS[args.dataset].split(), *args.flags])
-    rows = [row for row in study_rows(setting) if args.rows.search(row.label)]
+    rows = [row for row in study_rows(setting, args.dataset) if args.rows.search(row.label)]
     if not rows:
         raise UserError(f"--rows {args.rows.pattern}: no row has this; --dry-run prints all")
     file = args.results or args.out / "results.csv"

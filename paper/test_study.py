@@ -105,10 +105,10 @@ def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):
     assert {number for label, number in seeds.items() if re.search("RAE|MMD|[12]x", label)} == {5}
     assert {number for label, number in seeds.items() if re.search("[48]x", label)} == {3}
     for row in table.paper_rows():
-        label = study.Row(row["command"], "--dataset fashion_mnist").label
+        label = study.Row(row["command"], "--width 0.1", "fashion_mnist").label
         assert label.replace("UT-VAE*-GP 2x", "UAE 2x") in seeds, row
     assert set(study.ABLATIONS) < commands and len(seeds) == 56
-    order = [(int(seed), study.Row(command, "").cost) for _, seed, command in found]
+    order = [(int(seed), study.Row(command, "", "fashion_mnist").cost) for _, seed, command in found]
     assert order == sorted(order)  # seed by seed, cheap rows first
     assert last.startswith(f"{len(found)} runs to do of {len(found)}, about ")
 
@@ -160,9 +160,20 @@ def test_the_report_has_verdicts_the_papers_differences_and_rank_correlations(ca
     assert "| without those that the paper calls failures | 3 | 0.50 | 0.50 | -0.50 |" in lines
 
 
-def test_every_claim_is_of_rows_of_the_study():
-    labels = {row.label for row in study.study_rows("--dataset fashion_mnist")}
-    for claim in (*claims.CLAIMS, *claims.COLLAPSE, *claims.OURS):
+def test_a_stand_in_for_a_data_set_has_its_sigma_points():
+    uae = study.Row("uae.py --k 2", "--dataset other.npz", "cifar10")
+    assert uae.label == "UAE 2x largest" and uae.argv[-4:] == ["--dataset", "other.npz", "--sigma-points", "largest"]
+    assert study.Row("vae.py --k 2", "--dataset other.npz", "cifar10").argv[-1] == "other.npz"
+    assert claims.Claim("", "", "UAE 2x", "UT-VAE 8x random").on("cifar10")[2:] == (
+        "UAE 2x largest",
+        "UT-VAE 8x random",
+    )
+
+
+@pytest.mark.parametrize("dataset", study.SETTINGS)
+def test_every_claim_is_of_rows_of_the_study(dataset):
+    labels = {row.label for row in study.study_rows("", dataset)}
+    for claim in (claim.on(dataset) for claim in (*claims.CLAIMS, *claims.COLLAPSE, *claims.OURS)):
         assert {claim.better, claim.worse} <= labels, claim
     failures = {label for label in labels if claims.failure(label)}
     assert len(failures) == 6 + 4 and "VAE*-full 2x" not in failures
