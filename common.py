@@ -1,6 +1,6 @@
-"""What the six scripts share: sigma points, posterior terms, nets, data sets; then arguments, ranks and a run.
+"""What the six scripts share: sigma points, posterior terms, nets, data sets; then arguments, ranks, a run, files.
 
-The first four parts are the method and read as one text; the last three are plumbing. Equation, table and appendix
+The first four parts are the method and read as one text; the last four are plumbing. Equation, table and appendix
 numbers are those of the paper: Janjoš, Rosenbaum, Dolgov, Zöllner, "Unscented Autoencoder", ICML 2023.
 
 Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dimension, [C,H,W] image.
@@ -347,15 +347,12 @@ DEFAULTS = {
     "cifar10": _PAPER | {"sigma_points": "largest", "flip": True},  # flip: mirror half of the training images
     "celeba": _PAPER | {"latent_dim": 64, "image_size": 64},
 }
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 FASHION_MNIST_MD5 = {  # of the uncompressed files
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
 }
 CELEBA_SPLITS = (162770, 19867, 19962)  # training, validation, test, in the order of the file names
-SPLIT_SETS = (["train"], ["test", "train"], ["test", "train", "val"])  # what may be given; the rest is held out
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders by name
 
 
 @dataclass(frozen=True)
@@ -382,12 +379,6 @@ def defaults_of(name: str, image_size: int | None = None) -> dict:
     return own
 
 
-def own_name(path: str) -> str:
-    """What a folder or file of images is called in a run's name and results."""
-    kind = "array" if Path(path).suffix in (".npy", ".npz") else "folder"
-    return f"{kind}-{Path(path).stem if kind == 'array' else Path(path).name}"
-
-
 def load_dataset(
     name: str,
     data_dir: str | Path = "data",
@@ -396,7 +387,7 @@ def load_dataset(
     limit_train: int | None = None,
     limit_eval: int | None = None,
 ) -> Dataset:
-    """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or a folder of images, as uint8 on `device`.
+    """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or images in a folder, .npy or .npz, as uint8 on `device`.
 
     image_size (32 or 64) resizes to another size than the data set's own; limit_train keeps the first training
     images, limit_eval the first validation and test images.
@@ -409,7 +400,8 @@ def load_dataset(
     elif Path(name).is_file():
         splits, preprocessing = hold_out(read_arrays(Path(name)), name), "centre crop"
     else:
-        splits, preprocessing = _folder(Path(name), Path(data_dir), size), f"centre crop, to {size}x{size}"
+        images = read_folder(Path(name), Path(data_dir), size)
+        splits, preprocessing = hold_out(images, name), f"centre crop, to {size}x{size}"
     splits = [split[:limit] for split, limit in zip(splits, (limit_train, limit_eval, limit_eval), strict=True)]
     if any(split.shape[-2:] != (size, size) for split in splits):
         splits = [crop_and_resize(split, size) for split in splits]
@@ -445,18 +437,6 @@ def _fashion_mnist(data_dir: Path) -> tuple[list[Tensor], str]:
     train, test = (read_idx(find(name) or raw / f"{name}.gz", md5) for name, md5 in FASHION_MNIST_MD5.items())
     validation = len(train) // 6  # 50k + 10k of the 60k
     return [train[:-validation], train[-validation:], test], "28x28"
-
-
-def read_idx(file: Path, md5: str) -> Tensor:
-    """The images of an IDX file, gzipped or not, whose content has this checksum: uint8 [N,1,H,W]. Raises UserError."""
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    if hashlib.md5(content).hexdigest() != md5:
-        raise UserError(f"{file} is not the published file (its checksum differs): remove it")
-    shape = struct.unpack(">III", content[4:16])  # after the magic number: images, rows, columns
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()).unsqueeze(1)
 
 
 def _cifar10(data_dir: Path) -> tuple[list[Tensor], str]:
@@ -497,157 +477,6 @@ def _celeba(data_dir: Path) -> tuple[list[Tensor], str]:
     if not all(splits):
         raise UserError(f"{partition} has no images for one of 0 (training), 1 (validation), 2 (test)")
     return decode_images(splits, 64, data_dir, crop=148), "centre crop 148, to 64x64"
-
-
-def _folder(root: Path, data_dir: Path, size: int) -> list[Tensor]:
-    files = image_files(root)
-    folders = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name.lower() in SPLITS)
-    splits = {SPLITS[name.lower()]: [file for file in files if file.is_relative_to(root / name)] for name in folders}
-    whole = sorted(splits) in SPLIT_SETS and all(splits.values())
-    if folders and not (whole and len(splits) == len(folders)):
-        found = " and ".join(f"{name}/" for name in folders)
-        raise UserError(
-            f"{root}/ has {found}: give images in train/ val/ test/, train/ test/, train/, or none of these"
-        )
-    outside = set(files).difference(*splits.values()) if folders else ()
-    if outside:
-        raise UserError(f"{min(outside)} lies beside {'/ '.join(folders)}/ and would not be used: move or remove it")
-    splits = splits or {"train": files}
-    images = dict(zip(splits, decode_images(list(splits.values()), size, data_dir), strict=True))
-    return hold_out(images, root)
-
-
-def hold_out(images: dict[str, Tensor], source: str | Path) -> list[Tensor]:
-    """Training, validation and test images; those not given are held out by a fixed split, the same on every machine.
-
-    Raises UserError if there are too few.
-    """
-    train = images["train"]
-    if "val" not in images:
-        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-        held_out = len(train) // 5
-        if "test" in images:
-            images["val"], images["train"] = train.tensor_split([min(held_out, len(images["test"]))])
-        else:
-            images["val"], images["test"], images["train"] = train.tensor_split([held_out // 2, held_out])
-    if min(len(split) for split in images.values()) == 0:
-        raise UserError(f"{source}: {len(train)} images are too few to hold out validation and test images")
-    return [images[name] for name in ("train", "val", "test")]
-
-
-def read_arrays(file: Path) -> dict[str, Tensor]:
-    """The images of an .npy, or of an .npz with `train`, or `train` and `test`, or all three: uint8 [N,C,H,W] each.
-
-    Arrays are uint8, or float in [0,1], [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3. Raises UserError.
-    """
-    try:
-        loaded = np.load(file, allow_pickle=False)
-        arrays = {"train": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except Exception as error:  # a damaged or pickled file raises almost anything
-        raise UserError(f"cannot read {file}: {error}") from None
-    if sorted(arrays) not in SPLIT_SETS:
-        raise UserError(
-            f"{file} has the arrays {', '.join(arrays)}: name them train, train and test, or train, val, test"
-        )
-    for name, a in arrays.items():
-        what = f"{file}: {name} is {a.dtype} {list(a.shape)}"
-        last, first = (a.ndim == 4 and a.shape[axis] in (1, 3) for axis in (-1, 1))
-        if a.ndim == 3:
-            a = a[:, None]
-        elif last and not first:
-            a = a.transpose(0, 3, 1, 2)
-        elif last or not first:
-            either = ", both are possible: let H and W be above 3" if last else ""
-            raise UserError(f"{what}: [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3 is needed{either}")
-        if a.dtype.kind == "f" and a.size and a.min() >= 0 and a.max() <= 1:
-            a = (a * 255).round().astype(np.uint8)
-        if a.dtype != np.uint8:
-            limits = f" from {a.min():g} to {a.max():g}" if a.size and a.dtype.kind in "iuf" else ""
-            raise UserError(f"{what}{limits}: uint8, or float in [0,1], is needed")
-        arrays[name] = torch.from_numpy(np.ascontiguousarray(a))
-    if len({images.shape[1] for images in arrays.values()}) > 1:
-        raise UserError(f"{file}: some arrays are grey, others have three channels")
-    return arrays
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, links followed, sorted by name, hidden ones left out.
-
-    Raises UserError if there are none, a folder cannot be read, or is there twice through a link.
-    """
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}")
-
-    found, seen = [], set()
-    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        state = os.stat(top)
-        if (state.st_dev, state.st_ino) in seen:
-            raise UserError(f"{top}/ is a link to a folder that is there already: remove it")
-        seen.add((state.st_dev, state.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(top, name) for name in names if not name.startswith(".")]
-    files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
-    others = [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
-    if others and rank() == 0:
-        print(f"{folder}/: left out {len(others)} files that are no images by name, as {others[0]}", file=sys.stderr)
-    if any(file.suffix in (".parquet", ".arrow") for file in others) and not files:
-        raise UserError(f"{folder}/ has tables, not images: save their images as .npz (README, Data)")
-    if not files:
-        raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    return files
-
-
-def read_image(file: Path) -> Tensor:
-    """One image file of any mode as RGB uint8 [3,H,W]; transparency over white. Raises UserError naming the file."""
-    from PIL import Image, ImageOps
-
-    try:
-        image = ImageOps.exif_transpose(Image.open(file))
-        if image.mode.startswith("I"):  # 16 bits a pixel: PIL would clip to 8
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {file}: {error or type(error).__name__}") from None
-
-
-def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int = 0) -> list[Tensor]:
-    """Splits of image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size] each.
-
-    They are decoded once, into a file below data_dir/decoded/ that is named after the files' names, sizes, times and
-    the preprocessing, and memory-mapped ever after. Raises UserError naming the file that cannot be read.
-    """
-    files = [file for split in splits for file in split]
-    top, shape = os.path.commonpath([file.parent for file in files]), (len(files), 3, size, size)
-    try:
-        states = [file.stat() for file in files]
-    except OSError as error:
-        raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
-    known = [(os.path.relpath(file, top), s.st_size, s.st_mtime_ns) for file, s in zip(files, states, strict=True)]
-    key = hashlib.sha256(repr((known, size, crop)).encode()).hexdigest()[:16]
-    cache = data_dir / "decoded" / f"{Path(top).resolve().name}-{size}-{key}.npy"
-    try:
-        images = np.load(cache, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # not there, or damaged
-        images = np.empty(0, np.uint8)
-    if images.shape != shape or images.dtype != np.uint8:
-        images = np.empty(shape, np.uint8)
-
-        def decode(i: int) -> None:
-            images[i] = crop_and_resize(read_image(files[i]), size, crop)
-
-        with ThreadPoolExecutor() as pool, progress("decoding images", len(files)) as bar:
-            for _ in pool.map(decode, range(len(files))):
-                bar.update()
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_file(cache, lambda file: np.save(file, images))
-        except (OSError, UserError) as error:
-            print(f"the decoded images are not kept for the next time: {error}", file=sys.stderr)
-    return list(torch.from_numpy(images).split([len(split) for split in splits]))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -1244,3 +1073,180 @@ def csv_text(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images from files: folders, arrays, single images, IDX
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SPLIT_SETS = (["train"], ["test", "train"], ["test", "train", "val"])  # what may be given; the rest is held out
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders by name
+
+
+def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
+    """The images below a folder as `train`, or by its folders train/ val/ test/: uint8 [N,3,size,size] each.
+
+    Raises UserError if some would be left out or pooled.
+    """
+    files = image_files(root)
+    folders = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name.lower() in SPLITS)
+    splits = {SPLITS[name.lower()]: [file for file in files if file.is_relative_to(root / name)] for name in folders}
+    whole = sorted(splits) in SPLIT_SETS and all(splits.values()) and len(splits) == len(folders)
+    if folders and not whole:
+        found = " and ".join(f"{name}/" for name in folders)
+        raise UserError(f"{root}/ has {found}: give images in train/ val/ test/, train/ test/, train/, or none of them")
+    outside = set(files).difference(*splits.values()) if folders else ()
+    if outside:
+        raise UserError(f"{min(outside)} lies beside {'/ '.join(folders)}/ and would not be used: move or remove it")
+    splits = splits or {"train": files}
+    return dict(zip(splits, decode_images(list(splits.values()), size, data_dir), strict=True))
+
+
+def read_arrays(file: Path) -> dict[str, Tensor]:
+    """The images of an .npy, or of an .npz with `train`, or `train` and `test`, or all three: uint8 [N,C,H,W] each.
+
+    Arrays are uint8, or float in [0,1], [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3. Raises UserError.
+    """
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        arrays = {"train": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except Exception as error:  # a damaged or pickled file raises almost anything
+        raise UserError(f"cannot read {file}: {error}") from None
+    if sorted(arrays) not in SPLIT_SETS:
+        names = ", ".join(arrays)
+        raise UserError(f"{file} has the arrays {names}: name them train, train and test, or train, val, test")
+    for name, a in arrays.items():
+        what = f"{file}: {name} is {a.dtype} {list(a.shape)}"
+        last, first = (a.ndim == 4 and a.shape[axis] in (1, 3) for axis in (-1, 1))
+        if a.ndim == 3:
+            a = a[:, None]
+        elif last and not first:
+            a = a.transpose(0, 3, 1, 2)
+        elif last or not first:
+            either = ", both are possible: let H and W be above 3" if last else ""
+            raise UserError(f"{what}: [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3 is needed{either}")
+        if a.dtype.kind == "f" and a.size and a.min() >= 0 and a.max() <= 1:
+            a = (a * 255).round().astype(np.uint8)
+        if a.dtype != np.uint8:
+            limits = f" from {a.min():g} to {a.max():g}" if a.size and a.dtype.kind in "iuf" else ""
+            raise UserError(f"{what}{limits}: uint8, or float in [0,1], is needed")
+        arrays[name] = torch.from_numpy(np.ascontiguousarray(a))
+    if len({images.shape[1] for images in arrays.values()}) > 1:
+        raise UserError(f"{file}: some arrays are grey, others have three channels")
+    return arrays
+
+
+def hold_out(images: dict[str, Tensor], source: str | Path) -> list[Tensor]:
+    """Training, validation and test images; those not given are held out by a fixed split, the same on every machine.
+
+    Raises UserError if there are too few.
+    """
+    train = images["train"]
+    if "val" not in images:
+        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
+        held_out = len(train) // 5
+        if "test" in images:
+            images["val"], images["train"] = train.tensor_split([min(held_out, len(images["test"]))])
+        else:
+            images["val"], images["test"], images["train"] = train.tensor_split([held_out // 2, held_out])
+    if min(len(split) for split in images.values()) == 0:
+        raise UserError(f"{source}: {len(train)} images are too few to hold out validation and test images")
+    return [images[name] for name in ("train", "val", "test")]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All image files below a folder, links followed, sorted by name, hidden ones left out.
+
+    Raises UserError if there are none, a folder cannot be read, or is there twice through a link.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+    found, seen = [], set()
+    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        state = os.stat(top)
+        if (state.st_dev, state.st_ino) in seen:
+            raise UserError(f"{top}/ is a link to a folder that is there already: remove it")
+        seen.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(top, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
+    others = [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
+    if others and rank() == 0:
+        print(f"{folder}/: left out {len(others)} files that are no images by name, as {others[0]}", file=sys.stderr)
+    if any(file.suffix in (".parquet", ".arrow") for file in others) and not files:
+        raise UserError(f"{folder}/ has tables, not images: save their images as .npz (README, Data)")
+    if not files:
+        raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def read_image(file: Path) -> Tensor:
+    """One image file of any mode as RGB uint8 [3,H,W]; transparency over white. Raises UserError naming the file."""
+    from PIL import Image, ImageOps
+
+    try:
+        image = ImageOps.exif_transpose(Image.open(file))
+        if image.mode.startswith("I"):  # 16 bits a pixel: PIL would clip to 8
+            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {file}: {error or type(error).__name__}") from None
+
+
+def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int = 0) -> list[Tensor]:
+    """Splits of image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size] each.
+
+    They are decoded once, into a file below data_dir/decoded/ that is named after the files' names, sizes, times and
+    the preprocessing, and memory-mapped ever after. Raises UserError naming the file that cannot be read.
+    """
+    files = [file for split in splits for file in split]
+    top, shape = os.path.commonpath([file.parent for file in files]), (len(files), 3, size, size)
+    try:
+        states = [file.stat() for file in files]
+    except OSError as error:
+        raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
+    known = [(os.path.relpath(file, top), s.st_size, s.st_mtime_ns) for file, s in zip(files, states, strict=True)]
+    key = hashlib.sha256(repr((known, size, crop)).encode()).hexdigest()[:16]
+    cache = data_dir / "decoded" / f"{Path(top).resolve().name}-{size}-{key}.npy"
+    try:
+        images = np.load(cache, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or damaged
+        images = np.empty(0, np.uint8)
+    if images.shape != shape or images.dtype != np.uint8:
+        images = np.empty(shape, np.uint8)
+
+        def decode(i: int) -> None:
+            images[i] = crop_and_resize(read_image(files[i]), size, crop)
+
+        with ThreadPoolExecutor() as pool, progress("decoding images", len(files)) as bar:
+            for _ in pool.map(decode, range(len(files))):
+                bar.update()
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_file(cache, lambda file: np.save(file, images))
+        except (OSError, UserError) as error:
+            print(f"the decoded images are not kept for the next time: {error}", file=sys.stderr)
+    return list(torch.from_numpy(images).split([len(split) for split in splits]))
+
+
+def read_idx(file: Path, md5: str) -> Tensor:
+    """The images of an IDX file, gzipped or not, whose content has this checksum: uint8 [N,1,H,W]. Raises UserError."""
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    if hashlib.md5(content).hexdigest() != md5:
+        raise UserError(f"{file} is not the published file (its checksum differs): remove it")
+    shape = struct.unpack(">III", content[4:16])  # after the magic number: images, rows, columns
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()).unsqueeze(1)
+
+
+def own_name(path: str) -> str:
+    """What a folder or file of images is called in a run's name and results."""
+    kind = "array" if Path(path).suffix in (".npy", ".npz") else "folder"
+    return f"{kind}-{Path(path).stem if kind == 'array' else Path(path).name}"
