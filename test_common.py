@@ -918,7 +918,20 @@ def test_an_incomplete_celeba_is_named():
     (root / "list_eval_partition.txt").unlink()
     with pytest.raises(UserError, match="7 of the 202599"):
         common.load_dataset("celeba")
+    (root / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg 1\n")
+    with pytest.raises(UserError, match=r"partition\.txt has no images for one of 0"):
+        common.load_dataset("celeba")
     assert not Path("data/decoded").exists()
+
+
+def test_celeba_without_its_partition_is_split_by_the_published_counts(monkeypatch):
+    root = celeba("0 0 0 0 1 1 2 2")
+    expected = common.load_dataset("celeba")
+    (root / "list_eval_partition.txt").unlink()
+    monkeypatch.setattr(common, "CELEBA_SPLITS", (4, 2, 2))
+    data = common.load_dataset("celeba")
+    for split in ("train", "val", "test"):
+        assert torch.equal(getattr(data, split), getattr(expected, split))
 
 
 def test_a_folder_of_images_of_any_size_and_mode():
