@@ -586,28 +586,20 @@ def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
     from matplotlib.figure import Figure
 
     means, shown = variance.mean(0), min(16, mu.shape[1])
-    blocks = math.ceil(shown / 8)
-    rows = ("|mean|", mu.abs(), mu.abs().max().item()), ("variance", variance, max(1.2, variance.max().item()))
-    figure = Figure(figsize=(9, 0.5 + 3 * blocks), layout="constrained")
-    axes = figure.subplots(2 * blocks, 8, squeeze=False, sharey="row")
-    for panel in axes.flat:
-        panel.set_axis_off()
-    for i in range(shown):
-        for row, (name, values, top) in enumerate(rows):
-            panel = axes[2 * (i // 8) + row, i % 8]
-            panel.set_axis_on()
+    figure = Figure(figsize=(9, 1 + 3 * math.ceil(shown / 8)), layout="constrained")
+    halves = ("|mean|", mu.abs(), mu.abs().max().item()), ("variance", variance, max(1.2, variance.max().item()))
+    for half, (name, values, top) in zip(figure.subfigures(2), halves, strict=True):
+        half.supxlabel(name)
+        panels = half.subplots(math.ceil(shown / 8), 8, squeeze=False, sharex=True, sharey=True).flat
+        for panel in panels[shown:]:
+            panel.set_axis_off()
+        for i, panel in zip(range(shown), panels, strict=False):
             colour = ORANGE if means[i] > COLLAPSED else BLUE
             panel.hist(values[:, i].numpy(), bins=30, range=(0, top), histtype="stepfilled", color=colour)
-            panel.set(xlim=(0, top), xlabel=name)
-        axes[2 * (i // 8), i % 8].set_title(f"z{i + 1}: var. {means[i]:.2f}", fontsize=10)
-    for kind in (axes[::2], axes[1::2]):
-        top = max(panel.get_ylim()[1] for panel in kind.flat)
-        for panel in kind.flat:
-            panel.set_ylim(0, top)
-    count = (
-        f"{int((means > COLLAPSED).sum())} of {len(means)} dimensions are collapsed (mean variance above {COLLAPSED})"
-    )
-    figure.suptitle(count + (f"; the first {shown} are shown" if shown < len(means) else ""))
+            panel.set_title(f"z{i + 1}: var. {means[i]:.2f}", fontsize=10)
+    count = f"{int((means > COLLAPSED).sum())} of {len(means)}"
+    rest = f"; the first {shown} are shown" if shown < len(means) else ""
+    figure.suptitle(f"{count} dimensions are collapsed (mean variance above {COLLAPSED}){rest}")
     common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
