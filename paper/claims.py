@@ -155,7 +155,7 @@ def claims_table(claims: list[Claim], lines: list[dict[str, str]], measures: lis
             continue
         cells = []
         for measure, (word, mean, error, _) in zip(measures, found, strict=True):
-            digits = 5 if measure == ERROR else 1
+            digits = 5 if measure == ERROR else 2 if measure in KINDS and max(abs(mean), error) < 1 else 1
             cell = f"{word}: {mean:+.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
             if measure in KINDS and {(dataset, claim.better), (dataset, claim.worse)} <= paper.keys():
                 i = KINDS.index(measure)

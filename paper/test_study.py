@@ -159,6 +159,9 @@ def test_the_report_has_verdicts_the_papers_differences_and_rank_correlations(ca
     assert "Decisions of ours:" not in lines  # none of their rows is there
     assert "| all | 4 | -0.40 | -0.40 | 0.40 |" in lines
     assert "| without those that the paper calls failures | 3 | 0.50 | 0.50 | -0.50 |" in lines
+    small = {"VAE 1x": {s: 0.4 + s for s in range(3)}, "VAE* 1x": {s: 0.3 + s for s in range(3)}}
+    claims.main([str(results_file("small.csv", small, dataset="digits"))])
+    assert "< VAE 1x | 3 | seen: +0.10 ± 0.00 | seen: +0.20 ± 0.00 |" in capsys.readouterr().out  # no paper's numbers
 
 
 def test_a_stand_in_for_a_data_set_has_its_sigma_points():
