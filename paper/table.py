@@ -13,6 +13,7 @@ import itertools
 import re
 import statistics
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from functools import cache
 from pathlib import Path
 
 import common
@@ -48,6 +49,7 @@ def paper_tables() -> str:
     return "\n".join(lines)
 
 
+@cache
 def paper_results() -> dict[tuple[str, str], list[str]]:
     """(data set, label that the row's command gives to its run): the paper's three numbers; the first row counts."""
     found = {}
