@@ -174,6 +174,19 @@ def test_a_stand_in_for_a_data_set_has_its_sigma_points():
     )
 
 
+@pytest.mark.parametrize(
+    ("dataset", "chosen", "other"), [("cifar10", "largest", "random"), ("digits", "random", "largest")]
+)
+def test_the_papers_choice_of_points_is_judged_against_the_others_not_itself(dataset, chosen, other, capsys):
+    rows = {f"UT-VAE* 2x {chosen}": 1, f"UT-VAE* 2x {other}": 2, "VAE* 2x": 3}
+    rows = {label: {s: error + s for s in range(3)} for label, error in rows.items()}
+    claims.main([str(results_file("r.csv", rows, dataset=dataset))])
+    report = capsys.readouterr().out
+    verdicts = [line for line in report.splitlines() if "choice of points" in line]
+    assert len(verdicts) == 1 and f"| UT-VAE* 2x {chosen} < UT-VAE* 2x {other} | 3 | seen: +1.0" in verdicts[0]
+    assert report.count("| UT-VAE* 2x random < VAE* 2x |") == 1  # two claims on digits, of the same rows
+
+
 @pytest.mark.parametrize("dataset", study.SETTINGS)
 def test_every_claim_is_of_rows_of_the_study(dataset):
     labels = {row.label for row in study.study_rows("", dataset)}
