@@ -22,10 +22,8 @@ import re
 import shutil
 import signal
 import statistics
-import struct
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -336,7 +334,7 @@ def eval_mode(module: nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets: every image is held as uint8 on the training device, batches are cut from there without workers
 
-# Defaults of flags that are not given, by data set (Appendix A, Table 2; those of digits and of folders are ours)
+# Defaults of flags that are not given, by data set (Appendix A, Table 2; those of digits and of own images are ours)
 _PAPER = {
     "channels": 3, "image_size": 32, "latent_dim": 128, "width": 1.0, "epochs": 100, "sigma_points": "random",
     "flip": False, "fid": "imagenet",
@@ -348,10 +346,6 @@ DEFAULTS = {
     "celeba": _PAPER | {"latent_dim": 64, "image_size": 64},
 }
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-FASHION_MNIST_MD5 = {  # of the uncompressed files
-    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-}
 CELEBA_SPLITS = (162770, 19867, 19962)  # training, validation, test, in the order of the file names
 
 
@@ -427,21 +421,20 @@ def _digits(_data_dir: Path) -> tuple[list[Tensor], str]:
 
 def _fashion_mnist(data_dir: Path) -> tuple[list[Tensor], str]:
     raw = data_dir / "FashionMNIST" / "raw"
-
-    def find(name: str) -> Path | None:
-        files = (folder / (name + suffix) for folder in (raw, DEBIAN_FASHION_MNIST) for suffix in ("", ".gz"))
-        return next((file for file in files if file.is_file()), None)
-
-    if not any(map(find, FASHION_MNIST_MD5)):
-        _torchvision("FashionMNIST", data_dir, "train-images-idx3-ubyte.gz and t10k-images-idx3-ubyte.gz", raw)
-    train, test = (read_idx(find(name) or raw / f"{name}.gz", md5) for name, md5 in FASHION_MNIST_MD5.items())
+    for packed in DEBIAN_FASHION_MNIST.glob("*.gz"):  # packed anew: torchvision would refuse their checksums
+        if not (raw / packed.stem).exists():
+            raw.mkdir(parents=True, exist_ok=True)
+            with reading(packed):
+                content = gzip.decompress(packed.read_bytes())
+            write_file(raw / packed.stem, content)
+    train, test = (split.data.unsqueeze(1) for split in _torchvision("FashionMNIST", data_dir, "its four .gz", raw))
     validation = len(train) // 6  # 50k + 10k of the 60k
     return [train[:-validation], train[-validation:], test], "28x28"
 
 
 def _cifar10(data_dir: Path) -> tuple[list[Tensor], str]:
-    train, test = _torchvision("CIFAR10", data_dir, "cifar-10-python.tar.gz", data_dir)
-    train, test = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test))
+    splits = _torchvision("CIFAR10", data_dir, "cifar-10-python.tar.gz", data_dir)
+    train, test = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits)
     validation = len(train) // 5  # 40k + 10k of the 50k
     return [train[:-validation], train[-validation:], test], "as published"
 
@@ -452,11 +445,12 @@ def _torchvision(name: str, data_dir: Path, files: str, place: Path) -> list:
     existed = data_dir.exists()
     try:
         return [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:  # URLError is an OSError
+    except Exception as error:  # no network, or a damaged file, which raises almost anything
         if not existed:
             shutil.rmtree(data_dir, ignore_errors=True)  # what the failed download made
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot get {name} ({reason}): check the network, or put {files} into {place}/") from None
+        raise UserError(
+            f"cannot get {name} ({reason(error)}): check the network, or put {files} into {place}/"
+        ) from None
 
 
 def _celeba(data_dir: Path) -> tuple[list[Tensor], str]:
@@ -499,10 +493,8 @@ def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False
     order = order[: len(images) // world_size()].to(images.device)
     for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
         x = images.index_select(0, batch)  # on a CPU many times as fast as images[batch]
-        if flip:  # one of each image and its mirror image
-            coins = torch.randint(2, (len(x),), device=x.device)
-            either = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)  # [2B,C,H,W]
-            x = either.index_select(0, torch.arange(0, 2 * len(x), 2, device=x.device) + coins)
+        if flip:  # half of them
+            x = torch.where(torch.randint(2, (len(x), 1, 1, 1), device=x.device) == 1, x.flip(-1), x)
         yield to_float(x)
 
 
@@ -513,7 +505,7 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments and errors
+# Arguments, errors, files
 
 CHANGEABLE = {"device", "data_dir", "fid", "fid_method", "compile", "save_images", "resume", "eval_only"}
 UNNAMED = CHANGEABLE | {"dataset", "out", "seed"}  # flags that are not in a folder's name
@@ -551,8 +543,7 @@ def number(kind: type, low: float, high: float = sys.float_info.max):
 def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_flags=("--beta",)) -> Parser:
     """The flags that every script has; `script` is its __file__, beta the default weight of its latent term."""
     parser = Parser(prog=Path(script).name, description=description, formatter_class=Help, allow_abbrev=False)
-    add, by_data = parser.add_argument, "(default: by data set)"
-    known = ", ".join(DEFAULTS)
+    add, by_data, known = parser.add_argument, "(default: by data set)", ", ".join(DEFAULTS)
     add("--dataset", type=dataset_name, default="digits", help=f"{known}, or a folder, .npy or .npz of images")
     add("--data-dir", default="data", help="where data sets are looked for, downloaded to and cached")
     add("--image-size", type=int, choices=(32, 64), help=f"pixels, height and width {by_data}")
@@ -571,8 +562,8 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
     add("--compile", action="store_true", help="torch.compile the nets")
     add("--fid", help=f"features: imagenet, tf, lite0, digits, none, or a state dict on disk {by_data}")
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root of the Fréchet distance")
-    resume = "go on with the run in this folder; auto: with the unfinished run of these arguments in --out, else start"
     add("--save-images", action="store_true", help="write the evaluated images too, as .npz")
+    resume = "go on with the run in this folder; auto: with the run of these very arguments in --out, if there is one"
     add("--resume", metavar="DIR", help=resume)
     add("--eval-only", metavar="DIR", help="evaluate the best checkpoint of the run in this folder")
     return parser
@@ -589,11 +580,10 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     Raises UserError for arguments that do not go together, or exits with 2.
     """
     args = parser.parse_args(argv)
-    script, folder = Path(parser.prog).stem, args.eval_only or args.resume
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only: give one of the two")
-    automatic = args.resume == "auto"
-    if automatic or not folder:
+    script, folder = Path(parser.prog).stem, args.eval_only or args.resume
+    if new := folder in (None, "auto"):
         saved = defaults_of(args.dataset, args.image_size)
         saved = {name: value for name, value in saved.items() if name != "sigma_points" or name in args}
     else:
@@ -603,16 +593,31 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         saved = {name: value for name, value in saved.items() if name not in ("resume", "eval_only")}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)  # again: what is given wins
-    if automatic or not folder:
-        given = [(n, v) for n, v in vars(args).items() if n not in UNNAMED and v != parser.get_default(n)]
-        named = [f"{name.replace('_', '')}{'' if value is True else value}" for name, value in given]
-        data = args.dataset if args.dataset in DEFAULTS else own_name(args.dataset)
-        args.name = "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
-        args.resume, args.script = None, script
+    if new:
+        args.script, args.name = script, run_name(script, args, parser)
+    run = Path(args.out) / args.name
+    if folder == "auto" and (run / "last.pt").is_file():
+        return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(run)])
     if not args.eval_only:
         args.world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.resume or args.eval_only:
-        check_saved(args, saved, folder)
+    if not new:
+        fixed = saved.keys() - CHANGEABLE - {"precision" if args.eval_only else "epochs"}
+        if differ := [f"{n} is {saved[n]!r}, not {v!r}" for n, v in vars(args).items() if n in fixed and saved[n] != v]:
+            raise UserError(f"{folder} cannot go on with other arguments: {', '.join(differ)}")
+    check_precision(args)
+    return args
+
+
+def run_name(script: str, args: argparse.Namespace, parser: Parser) -> str:
+    """<script>-<data set>-<flags that are not the default>-seed<N>, the name of a run's folder."""
+    data = args.dataset if args.dataset in DEFAULTS else own_name(args.dataset)
+    given = [(n, v) for n, v in vars(args).items() if n not in UNNAMED and v != parser.get_default(n)]
+    named = [f"{name.replace('_', '')}{'' if value is True else value}" for name, value in given]
+    return "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
+
+
+def check_precision(args: argparse.Namespace) -> None:
+    """Fill in the device's precision if none is given. Raises UserError for a device or precision that is not there."""
     device = resolve_device(args.device)
     if args.precision is None:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -621,54 +626,6 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
     if device.type == "mps" and "WORLD_SIZE" in os.environ:
         raise UserError("torchrun has no backend for MPS: add --device cpu, or start one process without torchrun")
-    if automatic and (unfinished := find_run(args)):
-        return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(unfinished)])
-    return args
-
-
-def differences(args: argparse.Namespace, saved: dict, ignored: set[str]) -> list[str]:
-    """The names of a saved run's arguments that are others here."""
-    return [name for name, value in saved.items() if name not in ignored and getattr(args, name, None) != value]
-
-
-def check_saved(args: argparse.Namespace, saved: dict, folder: str) -> None:
-    """Raise UserError where the arguments given differ from those of the run in `folder`."""
-    changed = differences(args, saved, CHANGEABLE | {"precision" if args.eval_only else "epochs"})
-    if changed == ["world_size"]:
-        raise UserError(f"{folder} ran on {saved['world_size']} ranks and cannot go on with {args.world_size}")
-    if changed:
-        differ = ", ".join(f"--{n.replace('_', '-')} is {saved[n]!r}, not {getattr(args, n)!r}" for n in changed)
-        raise UserError(f"{folder} cannot go on with other arguments: {differ}")
-
-
-def find_run(args: argparse.Namespace) -> Path | None:
-    """The unfinished run of these arguments below --out, or None if there is none; exits with 0 if it is finished."""
-    ignored, finished = CHANGEABLE | {"out", "world_size", "label"}, None
-    for folder in (file.parent for file in sorted(Path(args.out).glob("*/args.json"))):
-        if (folder / "last.pt").is_file() and not differences(args, load_json(folder / "args.json"), ignored):
-            rows = folder / "metrics.csv"
-            done = len(rows.read_text().splitlines()) - 1 if rows.is_file() else 0
-            if done < args.epochs or not (folder / "results.json").is_file():
-                return folder
-            finished = folder / "results.json"
-    if finished:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"this run is finished: {finished}")
-        sys.exit(0)
-    return None
-
-
-def new_folder(args: argparse.Namespace) -> Path:
-    """Make the folder of a new run: <out>/<name>, or if that is taken <name>-2, -3, … Raises UserError if it cannot."""
-    for copy in range(1, 1000):
-        folder = Path(args.out) / (args.name + (f"-{copy}" if copy > 1 else ""))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except OSError as error:
-            if not folder.is_dir():
-                raise UserError(f"--out {args.out}: cannot make {folder}: {error.strerror}") from None
-    raise UserError(f"--out {args.out}: there are 999 runs named {args.name}, remove some")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -683,10 +640,10 @@ def resolve_device(name: str) -> torch.device:
     try:
         if torch.device(name).type in ("cuda", "mps", "cpu"):
             return torch.empty(0, device=name).device
-        reason = "not supported"
+        why = "not supported"
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-    raise UserError(f"--device {name!r} cannot be used ({reason}): choose auto, cuda, mps or cpu")
+        why = str(error).splitlines()[0]
+    raise UserError(f"--device {name!r} cannot be used ({why}): choose auto, cuda, mps or cpu")
 
 
 def cli(main) -> None:
@@ -713,31 +670,61 @@ def cli(main) -> None:
         sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in a few words on one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def reading(path: str | Path):
+    """Whatever goes wrong with a file becomes a UserError that names it: a damaged one raises almost anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
+
+
 def load_json(path: Path) -> dict:
     """A JSON object from a file. Raises UserError naming the file."""
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            return content
-        reason = "not a JSON object"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-    raise UserError(f"cannot read {path}: {reason}")
+    with reading(path):
+        return dict(json.loads(path.read_text()))
 
 
 def write_file(path: Path, content) -> None:
-    """Replace a file atomically by text, or by what `content(file)` writes. On UserError the old file stays."""
+    """Replace a file atomically by text, bytes, or what `content(file)` writes. On UserError the old file stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else content(file)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot write {path}: {reason(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV, floats at full precision."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -778,11 +765,8 @@ def start(args: argparse.Namespace) -> torch.device:
 
 
 def keep_memory() -> None:
-    """On Linux, make the process keep the memory that it frees, in huge pages.
-
-    By default glibc gives every large block back to the system, and each step pays again for clearing its gigabytes of
-    activations page by page (paper/README.md, Speed).
-    """
+    """On Linux, make the process keep the memory that it frees, in huge pages: by default glibc gives large blocks back
+    to the system, and each step pays again for clearing its gigabytes of activations (paper/README.md, Speed)."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it makes its first tensor
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -859,10 +843,6 @@ def progress(description: str, total: int) -> tqdm:
     return tqdm(desc=description, total=total, unit="img", leave=False, disable=rank() > 0 or None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run: its folder, its checkpoints, its metrics
-
-
 def random_states(device: torch.device) -> dict[str, Tensor]:
     """The states of the random generators of the CPU and of the device."""
     states = {"cpu": torch.get_rng_state()}
@@ -890,15 +870,14 @@ def validating(model: nn.Module, device: torch.device, seed: int):
     set_random_states(states)
 
 
-def load_checkpoint(path: Path, restore) -> dict:
-    """restore(checkpoint), loaded without executing code from it. Raises UserError naming the file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        restore(state)
-        return state
-    except Exception as error:  # a damaged or foreign file raises almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"cannot load the checkpoint {path}: {reason}") from None
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: its folder, its checkpoints, its metrics
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint on the CPU, without executing code from it: a dict (see `Run`). Raises UserError naming the file."""
+    with reading(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_trained(
@@ -910,13 +889,23 @@ def load_trained(
     its files are damaged.
     """
     args = argparse.Namespace(**load_json(Path(folder) / "args.json"))
-    try:
+    with reading(f"{folder} as a run of the script whose nets were given"):
         model = nn.ModuleDict(dict(zip(("encoder", "decoder"), nets(args), strict=True)))
-    except AttributeError as error:
-        raise UserError(f"{folder} is not a run of the script whose nets were given: {error}") from None
-    load_checkpoint(Path(folder) / "best.pt", lambda state: model.load_state_dict(state["model"]))
+        model.load_state_dict(load_checkpoint(Path(folder) / "best.pt")["model"])
     model.to(device).eval().requires_grad_(False)
     return model["encoder"], model["decoder"], args
+
+
+def new_folder(args: argparse.Namespace) -> Path:
+    """Make <out>/<name>; if it is taken <name>-2, -3, …, but under --resume auto that very folder. Raises UserError."""
+    for copy in itertools.count(1):
+        folder = Path(args.out) / (args.name + (f"-{copy}" if copy > 1 else ""))
+        try:
+            folder.mkdir(parents=True, exist_ok=args.resume == "auto")
+            return folder
+        except OSError as error:
+            if not folder.is_dir():
+                raise UserError(f"--out {args.out}: cannot make {folder}: {error.strerror}") from None
 
 
 class Run:
@@ -935,41 +924,38 @@ class Run:
         self.logged = []  # [(parts of the loss, images)] since the last call of `means`
         self.started, self.speed = time.perf_counter(), 0.0  # of the epoch; training images/s
         self.device = data.train.device
-        folder = args.resume or args.eval_only
-        self.dir = Path(folder) if folder else from_rank_zero(lambda: new_folder(args))
-        if args.resume:
-            load_checkpoint(self.dir / "last.pt", self._restore)
-            for leftover in self.dir.glob(".*.tmp") if rank() == 0 else ():  # of a killed run
-                leftover.unlink(missing_ok=True)
-        if not args.eval_only:
-            if rank() == 0:
-                write_file(self.dir / "args.json", json.dumps(vars(args), indent=1))
-            if self.epoch == 0:
-                self.save()  # from here on there is always a checkpoint to resume from
+        new = not args.eval_only and args.resume in (None, "auto")
+        self.dir = from_rank_zero(lambda: new_folder(args)) if new else Path(args.eval_only or args.resume)
+        if args.resume and not new:
+            self._restore()
+        if not args.eval_only and rank() == 0:
+            write_file(self.dir / "args.json", json.dumps(vars(args), indent=1))
+        if new:
+            self.save()  # from here on there is always a checkpoint to resume from
         if rank() == 0:
-            self._announce()
+            ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
+            counts = f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images"
+            print(f"{data.name}: {counts}, {data.preprocessing}")
+            print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/")
+            if not args.eval_only:
+                print(f"stopped, it goes on by: {self.resume_command()}", flush=True)
         Run.current = self
 
-    def _announce(self) -> None:
-        args, data = self.args, self.data
-        ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
-        counts = f"{len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images"
-        print(f"{data.name}: {counts}, {data.preprocessing}")
-        print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/")
-        if not args.eval_only:
-            print(f"stopped, it goes on by: {self.resume_command()}", flush=True)
+    def _restore(self) -> None:
+        state = load_checkpoint(self.dir / "last.pt")
+        with reading(self.dir / "last.pt"):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
+            set_random_states(state["random"][rank()])
+        for leftover in self.dir.glob(".*.tmp") if rank() == 0 else ():  # of a killed run
+            leftover.unlink(missing_ok=True)
 
     def resume_command(self) -> str:
         """The command that goes on with the run."""
         launcher = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
         return f"{launcher} {self.args.script}.py --resume {self.dir}"
-
-    def _restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
-        set_random_states(state["random"][rank()])
 
     def batches(self) -> Iterator[Tensor]:
         """An epoch of this rank's training batches, under a progress bar that shows the images/s of all ranks."""
@@ -1035,16 +1021,9 @@ class Run:
         if dist.is_initialized():
             dist.all_gather_object(every, states)
         if rank() == 0:
-            state = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "epoch": self.epoch,
-                "best": self.best,
-                "history": self.history,
-                "random": every,
-                "args": vars(self.args),
-            }
+            state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
+            state |= {"epoch": self.epoch, "best": self.best, "history": self.history}
+            state |= {"random": every, "args": vars(self.args)}
 
             def save(file) -> None:
                 torch.save(state, file.name)  # by name: an interrupt in a write to `file` would be a RuntimeError
@@ -1058,29 +1037,17 @@ class Run:
             dist.barrier()
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def csv_text(rows: list[dict]) -> str:
-    """Rows as CSV, floats at full precision."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Images from files: folders, arrays, single images, IDX
+# Own images: folders and arrays
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 SPLIT_SETS = (["train"], ["test", "train"], ["test", "train", "val"])  # what may be given; the rest is held out
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders by name
+
+
+def own_name(path: str) -> str:
+    """What a folder or file of images is called in a run's name and results."""
+    kind = "array" if Path(path).suffix in (".npy", ".npz") else "folder"
+    return f"{kind}-{Path(path).stem if kind == 'array' else Path(path).name}"
 
 
 def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
@@ -1089,15 +1056,13 @@ def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
     Raises UserError if some would be left out or pooled.
     """
     files = image_files(root)
-    folders = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name.lower() in SPLITS)
-    splits = {SPLITS[name.lower()]: [file for file in files if file.is_relative_to(root / name)] for name in folders}
-    whole = sorted(splits) in SPLIT_SETS and all(splits.values()) and len(splits) == len(folders)
-    if folders and not whole:
-        found = " and ".join(f"{name}/" for name in folders)
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name.lower().startswith(("train", "val", "test")))
+    splits = {name: [file for file in files if file.is_relative_to(root / name)] for name in names}
+    if names and (names not in SPLIT_SETS or not all(splits.values())):
+        found = " and ".join(f"{name}/" for name in names)
         raise UserError(f"{root}/ has {found}: give images in train/ val/ test/, train/ test/, train/, or none of them")
-    outside = set(files).difference(*splits.values()) if folders else ()
-    if outside:
-        raise UserError(f"{min(outside)} lies beside {'/ '.join(folders)}/ and would not be used: move or remove it")
+    if names and (beside := set(files).difference(*splits.values())):
+        raise UserError(f"{min(beside)} lies beside {'/ '.join(names)}/ and would not be used: move or remove it")
     splits = splits or {"train": files}
     return dict(zip(splits, decode_images(list(splits.values()), size, data_dir), strict=True))
 
@@ -1107,30 +1072,25 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
 
     Arrays are uint8, or float in [0,1], [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3. Raises UserError.
     """
-    try:
+    with reading(file):
         loaded = np.load(file, allow_pickle=False)
         arrays = {"train": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except Exception as error:  # a damaged or pickled file raises almost anything
-        raise UserError(f"cannot read {file}: {error}") from None
     if sorted(arrays) not in SPLIT_SETS:
         names = ", ".join(arrays)
         raise UserError(f"{file} has the arrays {names}: name them train, train and test, or train, val, test")
     for name, a in arrays.items():
-        what = f"{file}: {name} is {a.dtype} {list(a.shape)}"
-        last, first = (a.ndim == 4 and a.shape[axis] in (1, 3) for axis in (-1, 1))
+        found, numbers = f"{a.dtype} {list(a.shape)}", a.dtype.kind in "iuf" and a.size
+        found += f" from {a.min()} to {a.max()}" if numbers else ""
         if a.ndim == 3:
-            a = a[:, None]
-        elif last and not first:
-            a = a.transpose(0, 3, 1, 2)
-        elif last or not first:
-            either = ", both are possible: let H and W be above 3" if last else ""
-            raise UserError(f"{what}: [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3 is needed{either}")
-        if a.dtype.kind == "f" and a.size and a.min() >= 0 and a.max() <= 1:
+            a = a[..., None]
+        elif a.ndim == 4 and a.shape[1] in (1, 3) and a.shape[3] not in (1, 3):
+            a = a.transpose(0, 2, 3, 1)
+        if a.dtype.kind == "f" and numbers and a.min() >= 0 and a.max() <= 1:
             a = (a * 255).round().astype(np.uint8)
-        if a.dtype != np.uint8:
-            limits = f" from {a.min():g} to {a.max():g}" if a.size and a.dtype.kind in "iuf" else ""
-            raise UserError(f"{what}{limits}: uint8, or float in [0,1], is needed")
-        arrays[name] = torch.from_numpy(np.ascontiguousarray(a))
+        if a.dtype != np.uint8 or a.ndim != 4 or a.shape[3] not in (1, 3):
+            needed = "uint8, or float in [0,1], [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3"
+            raise UserError(f"{file}: {name} is {found}, but must be {needed}")
+        arrays[name] = torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2)))
     if len({images.shape[1] for images in arrays.values()}) > 1:
         raise UserError(f"{file}: some arrays are grey, others have three channels")
     return arrays
@@ -1160,25 +1120,24 @@ def image_files(folder: Path) -> list[Path]:
     Raises UserError if there are none, a folder cannot be read, or is there twice through a link.
     """
 
-    def fail(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+    def unreadable(error: OSError) -> None:
+        raise error
 
     found, seen = [], set()
-    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        state = os.stat(top)
-        if (state.st_dev, state.st_ino) in seen:
-            raise UserError(f"{top}/ is a link to a folder that is there already: remove it")
-        seen.add((state.st_dev, state.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(top, name) for name in names if not name.startswith(".")]
+    with reading(folder):
+        for top, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+            state = os.stat(top)
+            if (state.st_dev, state.st_ino) in seen:
+                raise UserError(f"{top}/ is a link to a folder that is there already: remove it")
+            seen.add((state.st_dev, state.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            found += [Path(top, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
-    others = [file for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
-    if others and rank() == 0:
-        print(f"{folder}/: left out {len(others)} files that are no images by name, as {others[0]}", file=sys.stderr)
-    if any(file.suffix in (".parquet", ".arrow") for file in others) and not files:
-        raise UserError(f"{folder}/ has tables, not images: save their images as .npz (README, Data)")
     if not files:
-        raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))}); tables: see README, Data")
+    if rank() == 0 and (others := set(found).difference(files)):
+        what = f"left out {len(others)} files that are no images by name, as {min(others)}"
+        print(f"{folder}/: {what}", file=sys.stderr)
     return files
 
 
@@ -1186,7 +1145,7 @@ def read_image(file: Path) -> Tensor:
     """One image file of any mode as RGB uint8 [3,H,W]; transparency over white. Raises UserError naming the file."""
     from PIL import Image, ImageOps
 
-    try:
+    with reading(file):
         image = ImageOps.exif_transpose(Image.open(file))
         if image.mode.startswith("I"):  # 16 bits a pixel: PIL would clip to 8
             image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
@@ -1194,8 +1153,6 @@ def read_image(file: Path) -> Tensor:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {file}: {error or type(error).__name__}") from None
 
 
 def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int = 0) -> list[Tensor]:
@@ -1205,20 +1162,18 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
     the preprocessing, and memory-mapped ever after. Raises UserError naming the file that cannot be read.
     """
     files = [file for split in splits for file in split]
-    top, shape = os.path.commonpath([file.parent for file in files]), (len(files), 3, size, size)
-    try:
-        states = [file.stat() for file in files]
-    except OSError as error:
-        raise UserError(f"cannot read the image {error.filename}: {error.strerror}") from None
-    known = [(os.path.relpath(file, top), s.st_size, s.st_mtime_ns) for file, s in zip(files, states, strict=True)]
+    top, known = os.path.commonpath([file.parent for file in files]), []
+    for file in files:
+        with reading(file):
+            known.append((os.path.relpath(file, top), file.stat().st_size, file.stat().st_mtime_ns))
     key = hashlib.sha256(repr((known, size, crop)).encode()).hexdigest()[:16]
     cache = data_dir / "decoded" / f"{Path(top).resolve().name}-{size}-{key}.npy"
     try:
         images = np.load(cache, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # not there, or damaged
         images = np.empty(0, np.uint8)
-    if images.shape != shape or images.dtype != np.uint8:
-        images = np.empty(shape, np.uint8)
+    if images.shape != (len(files), 3, size, size) or images.dtype != np.uint8:
+        images = np.empty((len(files), 3, size, size), np.uint8)
 
         def decode(i: int) -> None:
             images[i] = crop_and_resize(read_image(files[i]), size, crop)
@@ -1232,21 +1187,3 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
         except (OSError, UserError) as error:
             print(f"the decoded images are not kept for the next time: {error}", file=sys.stderr)
     return list(torch.from_numpy(images).split([len(split) for split in splits]))
-
-
-def read_idx(file: Path, md5: str) -> Tensor:
-    """The images of an IDX file, gzipped or not, whose content has this checksum: uint8 [N,1,H,W]. Raises UserError."""
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    if hashlib.md5(content).hexdigest() != md5:
-        raise UserError(f"{file} is not the published file (its checksum differs): remove it")
-    shape = struct.unpack(">III", content[4:16])  # after the magic number: images, rows, columns
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()).unsqueeze(1)
-
-
-def own_name(path: str) -> str:
-    """What a folder or file of images is called in a run's name and results."""
-    kind = "array" if Path(path).suffix in (".npy", ".npz") else "folder"
-    return f"{kind}-{Path(path).stem if kind == 'array' else Path(path).name}"

@@ -104,17 +104,15 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str | Path = "imagenet") -> None:
         super().__init__()
         state = _inception_weights(str(weights))
-        classes = state["fc.weight"].shape[0] if "fc.weight" in state else None
-        if classes not in (1000, 1008):
-            raise UserError(f"--fid {weights}: not a state dict of Inception v3 (torchvision's or pytorch-fid's)")
-        original = classes == 1008
-        net = torchvision.models.inception_v3(
-            weights=None, num_classes=classes, aux_logits=not original, transform_input=False, init_weights=False
-        )
-        try:
+        with common.reading(f"{weights} as a state dict of Inception v3 (torchvision's or pytorch-fid's)"):
+            original = len(state["fc.weight"]) == 1008  # classes; torchvision's has 1000
+            net = torchvision.models.inception_v3(
+                num_classes=1008 if original else 1000,
+                aux_logits=not original,
+                transform_input=False,
+                init_weights=False,
+            )
             net.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"--fid {weights}: {str(error).splitlines()[1].strip()[:200]}") from None
         net.fc, net.AuxLogits = nn.Identity(), None
         if original:
             _use_original_pools(net)
@@ -190,13 +188,7 @@ def _inception_weights(weights: str) -> dict[str, Tensor]:
         ) from None
     if not Path(weights).is_file():
         raise UserError(f"--fid {weights!r}: choose imagenet, tf, lite0, digits, none, or the path of a state dict")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises almost anything
-        raise UserError(f"--fid {weights}: cannot be loaded ({str(error).splitlines()[0][:200]})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"--fid {weights}: not a state dict")
-    return state
+    return common.load_checkpoint(Path(weights))
 
 
 def _use_original_pools(net: nn.Module) -> None:
@@ -281,17 +273,12 @@ def read_side(path: Path, load_features, batch_size: int) -> Side:
     """
     if path.is_dir():
         return image_side(common.image_files(path), common.read_image, path.resolve().name, load_features(), batch_size)
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in saved}
-        if "arr_0" in arrays:
-            images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
-        else:
-            source = f" of {arrays['source']}" if "source" in arrays else ""
-            statistics = arrays["mu"], arrays["sigma"], f"{path.name} (saved statistics{source})"
-            return Side(*statistics, str(arrays.get("features", "")))
-    except Exception as error:  # a damaged file raises almost anything
-        raise UserError(f"cannot read {path}: {error}") from None
+    with common.reading(path), np.load(path, allow_pickle=False) as saved:
+        if "arr_0" not in saved:
+            source = f" of {saved['source']}" if "source" in saved else ""
+            features = str(saved["features"]) if "features" in saved else ""
+            return Side(saved["mu"], saved["sigma"], f"{path.name} (saved statistics{source})", features)
+        images = torch.from_numpy(saved["arr_0"]).permute(0, 3, 1, 2)
     return image_side(images, lambda image: image, path.name, load_features(), batch_size)
 
 
@@ -433,33 +420,23 @@ def sample_latents(folder: str | Path, count: int, seed: int = 0) -> Tensor:
     from sklearn.mixture import GaussianMixture
 
     file = Path(folder) / "mixture.npz"
-    try:
-        with np.load(file, allow_pickle=False) as saved:
-            mixture = GaussianMixture(len(saved["weights"]), covariance_type="full", random_state=seed)
-            mixture.weights_, mixture.means_, mixture.covariances_ = (
-                saved[n] for n in ("weights", "means", "covariances")
-            )
-    except Exception as error:  # missing, damaged or foreign: np.load raises almost anything
-        raise UserError(f"cannot read the mixture {file}: {error}; --eval-only {folder} makes it") from None
+    with common.reading(f"the mixture {file} (--eval-only {folder} makes it)"), np.load(file) as saved:
+        mixture = GaussianMixture(len(saved["weights"]), covariance_type="full", random_state=seed)
+        mixture.weights_, mixture.means_ = saved["weights"], saved["means"]
+        mixture.covariances_ = saved["covariances"]
     samples, _ = mixture.sample(count)
     samples = samples[np.random.default_rng(seed).permutation(count)]  # they come sorted by component
     return torch.from_numpy(samples).float()
 
 
-def evaluate(run: common.Run, data: common.Dataset, features) -> dict:
-    """Appendix A on the best checkpoint: one image per input, decoded from the posterior mean, against the test images.
+def generate(run: common.Run, data: common.Dataset) -> tuple[dict[str, Tensor], Tensor]:
+    """The images of Appendix A, uint8 [N,C,H,W] each: one for each input, decoded from the posterior mean.
 
-    Reconstruction: decoded validation means. Sample: decoded draws from a mixture fitted to the training means.
-    Interpolation: decoded mid-points (slerp) of random pairs of validation means. Writes results.json, the mixture and
-    the pictures, prints the table, returns the results. No image passes through the disk. What the run's model must be:
-
-    encoder: x [B,C,H,W] in [-1,1] -> z [B,n], or (mean [B,n], scale), where scale is the square root of the covariance:
-    standard deviations [B,n] (exp(logvar / 2), not the log-variance) or a lower-triangular L [B,n,n].
-    decoder: z [B,n] -> images [B,C,H,W] in [-1,1], not in [0,1].
+    `reconstruction`: of validation images. `sample`: as many draws as there are test images, from a mixture fitted to
+    the training means, which is saved. `interpolation`: as many mid-points (slerp) of random pairs of validation means;
+    the pairs [2,N] come beside the images. No image passes through the disk.
     """
-    args, count = run.args, len(data.test)
-    best = common.load_checkpoint(run.dir / "best.pt", lambda state: run.model.load_state_dict(state["model"]))
-    encoder, decoder = run.model.eval().values()
+    encoder, decoder = run.model.values()
 
     def encode(images: Tensor) -> Tensor:
         posterior = encoder(common.to_float(images))
@@ -468,53 +445,66 @@ def evaluate(run: common.Run, data: common.Dataset, features) -> dict:
     def decode(z: Tensor) -> Tensor:
         return common.to_uint8(decoder(z.to(run.device)))
 
+    count, mixture_seed = len(data.test), common.stream_seed(run.args.seed, "mixture")
     train = map_batches(encode, data.train, "means of the training images")
     val = map_batches(encode, data.val, "means of the validation images")
-    mixture_seed, pairs_seed = (common.stream_seed(args.seed, purpose) for purpose in ("mixture", "pairs"))
     if common.rank() == 0:
         fit_mixture(train, run.dir / "mixture.npz", mixture_seed)
-    pairs = torch.randint(len(val), (2, count), generator=torch.Generator().manual_seed(pairs_seed))
+    generator = torch.Generator().manual_seed(common.stream_seed(run.args.seed, "pairs"))
+    pairs = torch.randint(len(val), (2, count), generator=generator)
     codes = {
         "reconstruction": val,
         "sample": common.from_rank_zero(lambda: sample_latents(run.dir, count, mixture_seed)),
         "interpolation": common.slerp(val[pairs[0]], val[pairs[1]]),
     }
-    images = {kind: map_batches(decode, z, f"decoding: {kind}") for kind, z in codes.items()}
+    return {kind: map_batches(decode, z, f"decoding: {kind}") for kind, z in codes.items()}, pairs
+
+
+def evaluate(run: common.Run, data: common.Dataset, features) -> dict:
+    """Measure the best checkpoint by `generate`'s images against the test images; returns the results.
+
+    Writes results.json, the mixture and the pictures, prints the table. What the run's model must be:
+
+    encoder: x [B,C,H,W] in [-1,1] -> z [B,n], or (mean [B,n], scale), where scale is the square root of the covariance:
+    standard deviations [B,n] (exp(logvar / 2), not the log-variance) or a lower-triangular L [B,n,n].
+    decoder: z [B,n] -> images [B,C,H,W] in [-1,1], not in [0,1].
+    """
+    args, best = run.args, common.load_checkpoint(run.dir / "best.pt")
+    with common.reading(run.dir / "best.pt"):
+        run.model.load_state_dict(best["model"])
+    run.model.eval()
+    images, pairs = generate(run, data)
     error = common.to_float(images["reconstruction"]) - common.to_float(data.val.cpu())
-    with torch.inference_mode():
-        posterior = encoder(common.to_float(data.val[:1000]))
-    gaussian = isinstance(posterior, tuple)
-    variance = common.variances(posterior[1]).cpu() if gaussian else None  # Σ_ii [1000,n]
     results = {
         "model": args.label,
         "script": args.script,
         "data": {"name": data.name, "split": "test", "preprocessing": data.preprocessing},
-        "images": {"train": len(data.train), "test": count} | {kind: len(z) for kind, z in codes.items()},
+        "images": {"train": len(data.train), "test": len(data.test)} | {kind: len(i) for kind, i in images.items()},
         "image_size": args.image_size,
         "quantisation": "uint8, rounded",
         "best_epoch": best["epoch"],  # 0: the untrained net
         "best_validation_loss": best["best"] if best["epoch"] else None,
         "validation_mse": error.square().mean().item(),
-        **({"mean_variance": variance.mean().item()} if gaussian else {}),
-        **({"collapsed_dimensions": int((variance.mean(0) > COLLAPSED).sum())} if gaussian else {}),
-        **distances(features, images, data.test, args.fid_method),
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "scipy": scipy.__version__},
-        "args": vars(args),
     }
+    with torch.inference_mode():
+        posterior = run.model["encoder"](common.to_float(data.val[:1000]))
+    if gaussian := isinstance(posterior, tuple):
+        mu, variance = posterior[0].cpu(), common.variances(posterior[1]).cpu()  # Σ_ii [1000,n]
+        results["mean_variance"] = variance.mean().item()
+        results["collapsed_dimensions"] = int((variance.mean(0) > COLLAPSED).sum())
+    results |= distances(features, images, data.test, args.fid_method)
+    modules = {"torch": torch, "torchvision": torchvision, "scipy": scipy}
+    results |= {"versions": {name: module.__version__ for name, module in modules.items()}, "args": vars(args)}
     if common.rank() == 0:
         common.write_file(run.dir / "results.json", json.dumps(results, indent=1))
         save_pictures(run.dir, images, data.val, pairs, run.history)
-        for kind, shown in images.items() if args.save_images else ():
-            common.write_file(run.dir / f"{kind}.npz", partial(save_array, shown))
+        for kind, shown in images.items() if args.save_images else ():  # as other tools read them: arr_0 [N,H,W,C]
+            array = shown.permute(0, 2, 3, 1).numpy()
+            common.write_file(run.dir / f"{kind}.npz", lambda file, array=array: np.savez(file, array))
         if gaussian:
-            save_posterior(run.dir / "posterior.png", posterior[0].cpu(), variance)
+            save_posterior(run.dir / "posterior.png", mu, variance)
         print_results(results, run.dir)
     return results
-
-
-def save_array(images: Tensor, file) -> None:
-    """uint8 [N,C,H,W] as the .npz that other tools' evaluation reads: arr_0 [N,H,W,C]."""
-    np.savez(file, images.permute(0, 2, 3, 1).numpy())
 
 
 def distances(features, images: dict[str, Tensor], test: Tensor, method: str) -> dict:
