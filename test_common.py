@@ -316,18 +316,6 @@ def test_gradient_penalty_is_the_jacobians_norm_on_average(estimator):
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gradient_penalty_has_the_gradient_of_the_jacobians_norm(estimator):
-    decoder, mu = small_decoder(n=2).eval(), torch.randn(1, 2).double().requires_grad_()
-    parameters = [mu, decoder.linear.weight, decoder.first.weight, *list(decoder.rest.parameters())[-2:]]
-    jacobian = torch.autograd.functional.jacobian(decoder, mu, create_graph=True)
-    exact = torch.autograd.grad(jacobian.square().sum(), parameters)
-    mu_many = mu.repeat(8000, 1)  # as many draws in one batch
-    penalty = penalty_of(estimator, decoder, mu_many)
-    for ours, reference in zip(torch.autograd.grad(penalty.mean(), parameters), exact, strict=True):
-        assert (ours - reference).norm() < 0.15 * reference.norm()
-
-
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("spectral", [False, True])
 def test_jvp_is_the_decoders_derivative(size, spectral):
@@ -369,8 +357,8 @@ def test_jvp_of_a_changed_decoder_is_its_derivative(change):
     decoder.eval()
     close(decoder.jvp(z, u), torch.autograd.functional.jvp(decoder, z, u)[1], 1e-9)
     exact = torch.stack([torch.autograd.functional.jacobian(decoder, m[None]).square().sum() for m in z])
-    draws = torch.stack([common.gradient_penalty(decoder, z).detach() for _ in range(1000)])
-    assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / math.sqrt(1000)).all()
+    draws = torch.stack([common.gradient_penalty(decoder, z).detach() for _ in range(300)])
+    assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / math.sqrt(300)).all()
 
 
 def test_slerp_ends_and_norm():
@@ -544,7 +532,7 @@ def test_reconstruction_of_vae_and_ut_vae_and_their_daggers():
     ("script", "changes"),
     [
         *itertools.product((vae, ut_vae), ({"regularizer": "kl"}, {"regularizer": "w2-squared"}, {"gp": False})),
-        *itertools.product((vae, ut_vae, uae), ({"regularizer": "w2-norms"},)),
+        *itertools.product((vae, ut_vae, uae), ({"regularizer": "w2-norms"}, {"full": True})),
         (vae, {"k": 5}), (ut_vae, {"k": 5}), (uae, {"k": 5}),
         (vae, {"mean_image": True}), (ut_vae, {"per_sample": True}), (ut_vae, {"kappa": 2.0}),
         (ut_vae, {"sigma_points": "pairs"}), (ut_vae, {"sigma_points": "largest"}), (uae, {"gamma": 1.0}),
@@ -555,11 +543,6 @@ def test_reconstruction_of_vae_and_ut_vae_and_their_daggers():
 )  # fmt: skip
 def test_every_variant_changes_the_loss(script, changes):
     assert loss_of(script)["loss"].item() != loss_of(script, **changes)["loss"].item()
-
-
-@pytest.mark.parametrize("script", [vae, ut_vae, uae])
-def test_full_covariance_changes_the_loss(script):
-    assert loss_of(script)["loss"].item() != loss_of(script, full=True)["loss"].item()
 
 
 def test_iwae_with_one_sample_is_the_vaes_objective():
@@ -1801,13 +1784,14 @@ def test_help_has_the_commands_and_the_defaults(name, capsys):
     assert "default: None" not in text and "default: False" not in text
 
 
-def test_a_nan_stops_the_run_and_names_epoch_step_and_parts():
+def test_a_nan_stops_the_run_and_names_epoch_step_and_parts(capsys):
     original, expected = uae.loss, r"not finite in epoch 1, step 1 \(loss nan.*rec.*lower --lr.*last\.pt"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=expected):
         patch.setattr(uae, "loss", lambda *a: {k: v * math.nan for k, v in original(*a).items()})
         uae.main([*TINY])
     assert same(weights_of(only("runs")), weights_of(only("runs"), "best.pt"))  # the checkpoint before the first step
     assert all(w.isfinite().all() for w in weights_of(only("runs")).values())
+    assert f"python uae.py --resume {only('runs')}\n" in capsys.readouterr().out  # said before the first step
 
 
 def test_a_failing_write_keeps_the_old_file(monkeypatch):
@@ -1833,13 +1817,6 @@ def test_a_log_names_the_run_before_training_and_has_no_progress_bars(monkeypatc
     assert re.match(r"1/2  train \S+  validation \S+  lr 0.005  \d+ images/s  about \d+ s left\n", first)
     assert second.startswith("2/2 ") and "about 0 s left" in second
     assert captured.err == ""  # the error stream is no terminal here
-
-
-def test_the_run_is_named_before_the_first_step(monkeypatch, capsys):
-    monkeypatch.setattr(uae, "loss", stop)
-    with pytest.raises(KeyboardInterrupt):
-        uae.main([*TINY])
-    assert f"python uae.py --resume {only('runs')}\n" in capsys.readouterr().out
 
 
 def test_auto_is_the_first_device_that_is_there(monkeypatch):
