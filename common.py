@@ -423,7 +423,6 @@ def _fashion_mnist(data_dir: Path) -> tuple[list[Tensor], str]:
     raw = data_dir / "FashionMNIST" / "raw"
     for packed in DEBIAN_FASHION_MNIST.glob("*.gz"):  # packed anew: torchvision would refuse their checksums
         if not (raw / packed.stem).exists():
-            raw.mkdir(parents=True, exist_ok=True)
             with reading(packed):
                 content = gzip.decompress(packed.read_bytes())
             write_file(raw / packed.stem, content)
@@ -696,6 +695,7 @@ def write_file(path: Path, content) -> None:
     """Replace a file atomically by text, bytes, or what `content(file)` writes. On UserError the old file stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             if callable(content):
                 content(file)
@@ -707,7 +707,8 @@ def write_file(path: Path, content) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise UserError(f"cannot write {path}: {reason(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def csv_text(rows: list[dict]) -> str:
@@ -876,7 +877,7 @@ def validating(model: nn.Module, device: torch.device, seed: int):
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint on the CPU, without executing code from it: a dict (see `Run`). Raises UserError naming the file."""
-    with reading(path):
+    with reading(f"{path} as a checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -1182,8 +1183,7 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
             for _ in pool.map(decode, range(len(files))):
                 bar.update()
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
             write_file(cache, lambda file: np.save(file, images))
-        except (OSError, UserError) as error:
+        except UserError as error:
             print(f"the decoded images are not kept for the next time: {error}", file=sys.stderr)
     return list(torch.from_numpy(images).split([len(split) for split in splits]))

@@ -711,16 +711,24 @@ def test_fashion_mnist_is_read_from_the_published_files_or_debians(form, fashion
     assert torch.equal(limited.test, data.test[:3])
 
 
-@pytest.mark.parametrize(("folder", "damage"), [("debian", 9), ("data/FashionMNIST/raw", 9), ("debian", None)])
-def test_a_damaged_or_incomplete_fashion_mnist_is_named(folder, damage, fashion_mnist):
+@pytest.mark.parametrize(
+    ("folder", "files", "length", "message"),
+    [
+        ("debian", 4, 9, r"cannot read debian/.*\.gz"), ("debian", 3, None, "cannot get FashionMNIST .*put its four"),
+        ("data/FashionMNIST/raw", 4, 9, "cannot get FashionMNIST .*put its four"),
+        ("debian", 0, None, "cannot get FashionMNIST .*put its four"),
+        ("debian with a file named data", 4, None, r"cannot write data/FashionMNIST/raw/.*: Not a directory"),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_incomplete_fashion_mnist_is_named(folder, files, length, message, fashion_mnist):
+    folder, *in_the_way = folder.split(" with a file named ")
     Path(folder).mkdir(parents=True)
-    for name, content in list(fashion_mnist.items())[: 4 if damage else 3]:
-        whole = content if folder == "debian" else gzip.decompress(content)
-        Path(folder, name + ".gz" * (folder == "debian")).write_bytes(whole[:damage])
-    expected = (
-        r"cannot read debian/.*\.gz" if folder == "debian" and damage else "cannot get FashionMNIST .*put its four"
-    )
-    with pytest.raises(UserError, match=expected):
+    for name in in_the_way:
+        Path(name).touch()
+    for name, content in list(fashion_mnist.items())[:files]:
+        packed = folder == "debian"
+        Path(folder, name + ".gz" * packed).write_bytes((content if packed else gzip.decompress(content))[:length])
+    with pytest.raises(UserError, match=message):
         common.load_dataset("fashion_mnist")
 
 
