@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -346,6 +346,10 @@ DEFAULTS = {
     "celeba": _PAPER | {"latent_dim": 64, "image_size": 64},
 }
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+FASHION_MNIST_MD5 = {  # of the uncompressed files
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+}
 CELEBA_SPLITS = (162770, 19867, 19962)  # training, validation, test, in the order of the file names
 
 
@@ -421,14 +425,26 @@ def _digits(_data_dir: Path) -> tuple[list[Tensor], str]:
 
 def _fashion_mnist(data_dir: Path) -> tuple[list[Tensor], str]:
     raw = data_dir / "FashionMNIST" / "raw"
-    for packed in DEBIAN_FASHION_MNIST.glob("*.gz"):  # packed anew: torchvision would refuse their checksums
-        if not (raw / packed.stem).exists():
-            with reading(packed):
-                content = gzip.decompress(packed.read_bytes())
-            write_file(raw / packed.stem, content)
-    train, test = (split.data.unsqueeze(1) for split in _torchvision("FashionMNIST", data_dir, "its four .gz", raw))
+
+    def find(name: str) -> Path | None:
+        files = (folder / (name + suffix) for folder in (raw, DEBIAN_FASHION_MNIST) for suffix in ("", ".gz"))
+        return next((file for file in files if file.is_file()), None)
+
+    if not any(map(find, FASHION_MNIST_MD5)):
+        _torchvision("FashionMNIST", data_dir, "train-images-idx3-ubyte.gz and t10k-images-idx3-ubyte.gz", raw)
+    train, test = (read_idx(find(name) or raw / f"{name}.gz", md5) for name, md5 in FASHION_MNIST_MD5.items())
     validation = len(train) // 6  # 50k + 10k of the 60k
     return [train[:-validation], train[-validation:], test], "28x28"
+
+
+def read_idx(file: Path, md5: str) -> Tensor:
+    """The images of an IDX file, gzipped or not, whose content has this checksum: uint8 [N,1,H,W]. Raises UserError."""
+    with reading(file):
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    if hashlib.md5(content).hexdigest() != md5:
+        raise UserError(f"{file} is not the published file (its checksum differs): remove it")
+    shape = np.frombuffer(content, ">u4", 3, offset=4).tolist()  # after the magic number: images, rows, columns
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()).unsqueeze(1)
 
 
 def _cifar10(data_dir: Path) -> tuple[list[Tensor], str]:
@@ -444,12 +460,11 @@ def _torchvision(name: str, data_dir: Path, files: str, place: Path) -> list:
     existed = data_dir.exists()
     try:
         return [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # no network, or a damaged file, which raises almost anything
+    except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:  # URLError is an OSError
         if not existed:
             shutil.rmtree(data_dir, ignore_errors=True)  # what the failed download made
-        raise UserError(
-            f"cannot get {name} ({reason(error)}): check the network, or put {files} into {place}/"
-        ) from None
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot get {name} ({why}): check the network, or put {files} into {place}/") from None
 
 
 def _celeba(data_dir: Path) -> tuple[list[Tensor], str]:
@@ -492,8 +507,10 @@ def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False
     order = order[: len(images) // world_size()].to(images.device)
     for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
         x = images.index_select(0, batch)  # on a CPU many times as fast as images[batch]
-        if flip:  # half of them
-            x = torch.where(torch.randint(2, (len(x), 1, 1, 1), device=x.device) == 1, x.flip(-1), x)
+        if flip:  # one of each image and its mirror image
+            coins = torch.randint(2, (len(x),), device=x.device)
+            either = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)  # [2B,C,H,W]
+            x = either.index_select(0, torch.arange(0, 2 * len(x), 2, device=x.device) + coins)
         yield to_float(x)
 
 
@@ -582,7 +599,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only: give one of the two")
     script, folder = Path(parser.prog).stem, args.eval_only or args.resume
-    if new := folder in (None, "auto"):
+    if new := is_new(args):
         saved = defaults_of(args.dataset, args.image_size)
         saved = {name: value for name, value in saved.items() if name != "sigma_points" or name in args}
     else:
@@ -594,17 +611,24 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     args = parser.parse_args(argv)  # again: what is given wins
     if new:
         args.script, args.name = script, run_name(script, args, parser)
-    run = Path(args.out) / args.name
-    if folder == "auto" and (run / "last.pt").is_file():
-        return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(run)])
+        if args.resume and (run := Path(args.out) / args.name).joinpath("last.pt").is_file():  # auto
+            return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(run)])
     if not args.eval_only:
         args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     if not new:
         fixed = saved.keys() - CHANGEABLE - {"precision" if args.eval_only else "epochs"}
-        if differ := [f"{n} is {saved[n]!r}, not {v!r}" for n, v in vars(args).items() if n in fixed and saved[n] != v]:
-            raise UserError(f"{folder} cannot go on with other arguments: {', '.join(differ)}")
+        changed = [name for name, value in vars(args).items() if name in fixed and value != saved[name]]
+        if changed == ["world_size"]:
+            raise UserError(f"{folder} ran on {saved['world_size']} ranks and cannot go on with {args.world_size}")
+        if differ := ", ".join(f"--{n.replace('_', '-')} is {saved[n]!r}, not {getattr(args, n)!r}" for n in changed):
+            raise UserError(f"{folder} cannot go on with other arguments ({differ}): give them, or another --out")
     check_precision(args)
     return args
+
+
+def is_new(args: argparse.Namespace) -> bool:
+    """Whether the arguments start a run, in place of resuming or evaluating one."""
+    return not args.eval_only and args.resume in (None, "auto")
 
 
 def run_name(script: str, args: argparse.Namespace, parser: Parser) -> str:
@@ -612,7 +636,8 @@ def run_name(script: str, args: argparse.Namespace, parser: Parser) -> str:
     data = args.dataset if args.dataset in DEFAULTS else own_name(args.dataset)
     given = [(n, v) for n, v in vars(args).items() if n not in UNNAMED and v != parser.get_default(n)]
     named = [f"{name.replace('_', '')}{'' if value is True else value}" for name, value in given]
-    return "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
+    name = "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")
+    return name if len(name) <= 150 else f"{name[:141]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def check_precision(args: argparse.Namespace) -> None:
@@ -682,13 +707,16 @@ def reading(path: str | Path):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
 
 
 def load_json(path: Path) -> dict:
     """A JSON object from a file. Raises UserError naming the file."""
     with reading(path):
-        return dict(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
 
 
 def write_file(path: Path, content) -> None:
@@ -707,7 +735,7 @@ def write_file(path: Path, content) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise UserError(f"cannot write {path}: {reason(error)}") from None
     finally:
-        if temporary.exists():
+        with suppress(OSError):
             temporary.unlink()
 
 
@@ -898,14 +926,16 @@ def load_trained(
 
 
 def new_folder(args: argparse.Namespace) -> Path:
-    """Make <out>/<name>; if it is taken <name>-2, -3, …, but under --resume auto that very folder. Raises UserError."""
+    """Make <out>/<name>; if it is taken <name>-2, -3, … Under --resume auto it is that very folder, where a start may
+    have been stopped before its first epoch. Raises UserError if it cannot be made."""
+    automatic = args.resume == "auto"
     for copy in itertools.count(1):
         folder = Path(args.out) / (args.name + (f"-{copy}" if copy > 1 else ""))
         try:
-            folder.mkdir(parents=True, exist_ok=args.resume == "auto")
+            folder.mkdir(parents=True, exist_ok=automatic and not (folder / "metrics.csv").exists())
             return folder
         except OSError as error:
-            if not folder.is_dir():
+            if automatic or not folder.is_dir():
                 raise UserError(f"--out {args.out}: cannot make {folder}: {error.strerror}") from None
 
 
@@ -925,9 +955,9 @@ class Run:
         self.logged = []  # [(parts of the loss, images)] since the last call of `means`
         self.started, self.speed = time.perf_counter(), 0.0  # of the epoch; training images/s
         self.device = data.train.device
-        new = not args.eval_only and args.resume in (None, "auto")
+        new = is_new(args)
         self.dir = from_rank_zero(lambda: new_folder(args)) if new else Path(args.eval_only or args.resume)
-        if args.resume and not new:
+        if not new and not args.eval_only:
             self._restore()
         if not args.eval_only and rank() == 0:
             write_file(self.dir / "args.json", json.dumps(vars(args), indent=1))
@@ -945,9 +975,8 @@ class Run:
     def _restore(self) -> None:
         state = load_checkpoint(self.dir / "last.pt")
         with reading(self.dir / "last.pt"):
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
+            for name in ("model", "optimizer", "scheduler"):
+                getattr(self, name).load_state_dict(state[name])
             self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
             set_random_states(state["random"][rank()])
         for leftover in self.dir.glob(".*.tmp") if rank() == 0 else ():  # of a killed run
@@ -1042,13 +1071,14 @@ class Run:
 # Own images: folders and arrays
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of folders that are no classes
 SPLIT_SETS = (["train"], ["test", "train"], ["test", "train", "val"])  # what may be given; the rest is held out
 
 
 def own_name(path: str) -> str:
     """What a folder or file of images is called in a run's name and results."""
-    kind = "array" if Path(path).suffix in (".npy", ".npz") else "folder"
-    return f"{kind}-{Path(path).stem if kind == 'array' else Path(path).name}"
+    array = Path(path).suffix in (".npy", ".npz")
+    return f"array-{Path(path).stem}" if array else f"folder-{Path(path).name}"
 
 
 def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
@@ -1057,7 +1087,7 @@ def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
     Raises UserError if some would be left out or pooled.
     """
     files = image_files(root)
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name.lower().startswith(("train", "val", "test")))
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name.lower() in SPLITS)
     splits = {name: [file for file in files if file.is_relative_to(root / name)] for name in names}
     if names and (names not in SPLIT_SETS or not all(splits.values())):
         found = " and ".join(f"{name}/" for name in names)
@@ -1080,18 +1110,16 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
         names = ", ".join(arrays)
         raise UserError(f"{file} has the arrays {names}: name them train, train and test, or train, val, test")
     for name, a in arrays.items():
-        found, numbers = f"{a.dtype} {list(a.shape)}", a.dtype.kind in "iuf" and a.size
-        found += f" from {a.min()} to {a.max()}" if numbers else ""
-        if a.ndim == 3:
-            a = a[..., None]
-        elif a.ndim == 4 and a.shape[1] in (1, 3) and a.shape[3] not in (1, 3):
-            a = a.transpose(0, 2, 3, 1)
+        a = a[..., None] if a.ndim == 3 else a
+        first, last = (a.ndim == 4 and a.shape[axis] in (1, 3) for axis in (1, 3))
+        numbers = a.dtype.kind in "iuf" and a.size
         if a.dtype.kind == "f" and numbers and a.min() >= 0 and a.max() <= 1:
             a = (a * 255).round().astype(np.uint8)
-        if a.dtype != np.uint8 or a.ndim != 4 or a.shape[3] not in (1, 3):
+        if a.dtype != np.uint8 or first == last:
+            found = f"{a.dtype} {list(arrays[name].shape)}" + (f" from {a.min()} to {a.max()}" if numbers else "")
             needed = "uint8, or float in [0,1], [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3"
             raise UserError(f"{file}: {name} is {found}, but must be {needed}")
-        arrays[name] = torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2)))
+        arrays[name] = torch.from_numpy(np.ascontiguousarray(a if first else a.transpose(0, 3, 1, 2)))
     if len({images.shape[1] for images in arrays.values()}) > 1:
         raise UserError(f"{file}: some arrays are grey, others have three channels")
     return arrays
@@ -1121,18 +1149,17 @@ def image_files(folder: Path) -> list[Path]:
     Raises UserError if there are none, a folder cannot be read, or is there twice through a link.
     """
 
-    def unreadable(error: OSError) -> None:
-        raise error
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
 
     found, seen = [], set()
-    with reading(folder):
-        for top, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-            state = os.stat(top)
-            if (state.st_dev, state.st_ino) in seen:
-                raise UserError(f"{top}/ is a link to a folder that is there already: remove it")
-            seen.add((state.st_dev, state.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found += [Path(top, name) for name in names if not name.startswith(".")]
+    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        state = os.stat(top)
+        if (state.st_dev, state.st_ino) in seen:
+            raise UserError(f"{top}/ is a link to a folder that is there already: remove it")
+        seen.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(top, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))}); tables: see README, Data")
@@ -1166,7 +1193,8 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
     top, known = os.path.commonpath([file.parent for file in files]), []
     for file in files:
         with reading(file):
-            known.append((os.path.relpath(file, top), file.stat().st_size, file.stat().st_mtime_ns))
+            state = file.stat()
+            known.append((os.path.relpath(file, top), state.st_size, state.st_mtime_ns))
     key = hashlib.sha256(repr((known, size, crop)).encode()).hexdigest()[:16]
     cache = data_dir / "decoded" / f"{Path(top).resolve().name}-{size}-{key}.npy"
     try:

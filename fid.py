@@ -104,14 +104,16 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str | Path = "imagenet") -> None:
         super().__init__()
         state = _inception_weights(str(weights))
-        with common.reading(f"{weights} as a state dict of Inception v3 (torchvision's or pytorch-fid's)"):
-            original = len(state["fc.weight"]) == 1008  # classes; torchvision's has 1000
-            net = torchvision.models.inception_v3(
-                num_classes=1008 if original else 1000,
-                aux_logits=not original,
-                transform_input=False,
-                init_weights=False,
-            )
+        what = f"{weights} as a state dict of Inception v3 (torchvision's or pytorch-fid's)"
+        with common.reading(what):
+            classes = len(state.get("fc.weight", ()))
+            if classes not in (1000, 1008):
+                raise ValueError(f"it has {classes} classes, not 1000 or 1008")
+        original = classes == 1008
+        net = torchvision.models.inception_v3(
+            weights=None, num_classes=classes, aux_logits=not original, transform_input=False, init_weights=False
+        )
+        with common.reading(what):
             net.load_state_dict(state)
         net.fc, net.AuxLogits = nn.Identity(), None
         if original:
@@ -409,7 +411,7 @@ def fit_mixture(means: Tensor, file: Path, seed: int) -> None:
     mixture = GaussianMixture(min(COMPONENTS, len(means)), covariance_type="full", random_state=seed)
     mixture.fit(means.double().numpy())
     parts = {"weights": mixture.weights_, "means": mixture.means_, "covariances": mixture.covariances_}
-    common.write_file(file, lambda f: np.savez(f, **parts))
+    common.write_file(file, partial(np.savez, **parts))
 
 
 def sample_latents(folder: str | Path, count: int, seed: int = 0) -> Tensor:
@@ -499,8 +501,7 @@ def evaluate(run: common.Run, data: common.Dataset, features) -> dict:
         common.write_file(run.dir / "results.json", json.dumps(results, indent=1))
         save_pictures(run.dir, images, data.val, pairs, run.history)
         for kind, shown in images.items() if args.save_images else ():  # as other tools read them: arr_0 [N,H,W,C]
-            array = shown.permute(0, 2, 3, 1).numpy()
-            common.write_file(run.dir / f"{kind}.npz", lambda file, array=array: np.savez(file, array))
+            common.write_file(run.dir / f"{kind}.npz", partial(np.savez, arr_0=shown.permute(0, 2, 3, 1).numpy()))
         if gaussian:
             save_posterior(run.dir / "posterior.png", mu, variance)
         print_results(results, run.dir)
@@ -515,10 +516,7 @@ def distances(features, images: dict[str, Tensor], test: Tensor, method: str) ->
     values = {}
     for kind, fakes in images.items():
         outputs = map_batches(features, fakes, f"features: {kind}", BATCH)
-
-        def distance(outputs: Tensor = outputs) -> float:
-            return frechet_distance(*feature_statistics(outputs), *reference, method)
-
+        distance = partial(lambda fake: frechet_distance(*feature_statistics(fake), *reference, method), outputs)
         values[kind] = common.from_rank_zero(distance)
     source = {"features": features.name, "features_hash": features.hash, "features_size": features.size}
     return {"metric": features.metric, **source, "features_versions": features.versions, "method": method, **values}
@@ -553,7 +551,7 @@ def save_pictures(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs
     }
     for name, (grid, columns) in grids.items():
         save = partial(save_image, grid.float() / 255, format="png", nrow=columns, padding=1, pad_value=1)
-        common.write_file(folder / name, lambda file, save=save: save(fp=file))
+        common.write_file(folder / name, save)
     if not history:
         return
     names = [column.removeprefix("train_") for column in history[0] if column.startswith("train_")]
