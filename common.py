@@ -579,7 +579,7 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
     add("--fid", help=f"features: imagenet, tf, lite0, digits, none, or a state dict on disk {by_data}")
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root of the Fréchet distance")
     add("--save-images", action="store_true", help="write the evaluated images too, as .npz")
-    resume = "go on with the run in this folder; auto: with the run of these very arguments in --out, if there is one"
+    resume = "go on with the run in this folder; auto: with the unfinished run of these arguments in --out, else start"
     add("--resume", metavar="DIR", help=resume)
     add("--eval-only", metavar="DIR", help="evaluate the best checkpoint of the run in this folder")
     return parser
@@ -598,8 +598,8 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     args = parser.parse_args(argv)
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only: give one of the two")
-    script, folder = Path(parser.prog).stem, args.eval_only or args.resume
-    if new := is_new(args):
+    script, folder, automatic = Path(parser.prog).stem, args.eval_only or args.resume, args.resume == "auto"
+    if new := not folder or automatic:
         saved = defaults_of(args.dataset, args.image_size)
         saved = {name: value for name, value in saved.items() if name != "sigma_points" or name in args}
     else:
@@ -610,25 +610,41 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)  # again: what is given wins
     if new:
-        args.script, args.name = script, run_name(script, args, parser)
-        if args.resume and (run := Path(args.out) / args.name).joinpath("last.pt").is_file():  # auto
-            return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(run)])
+        args.resume, args.script, args.name = None, script, run_name(script, args, parser)
     if not args.eval_only:
         args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     if not new:
-        fixed = saved.keys() - CHANGEABLE - {"precision" if args.eval_only else "epochs"}
-        changed = [name for name, value in vars(args).items() if name in fixed and value != saved[name]]
+        changed = differences(args, saved, CHANGEABLE | {"precision" if args.eval_only else "epochs"})
         if changed == ["world_size"]:
             raise UserError(f"{folder} ran on {saved['world_size']} ranks and cannot go on with {args.world_size}")
         if differ := ", ".join(f"--{n.replace('_', '-')} is {saved[n]!r}, not {getattr(args, n)!r}" for n in changed):
-            raise UserError(f"{folder} cannot go on with other arguments ({differ}): give them, or another --out")
+            raise UserError(f"{folder} cannot go on with other arguments: {differ}")
     check_precision(args)
+    if automatic and (unfinished := find_run(args)):
+        return parse_args(parser, [*(sys.argv[1:] if argv is None else argv), "--resume", str(unfinished)])
     return args
 
 
-def is_new(args: argparse.Namespace) -> bool:
-    """Whether the arguments start a run, in place of resuming or evaluating one."""
-    return not args.eval_only and args.resume in (None, "auto")
+def differences(args: argparse.Namespace, saved: dict, ignored: set[str]) -> list[str]:
+    """The names of a saved run's arguments that are others here."""
+    return [name for name, value in saved.items() if name not in ignored and getattr(args, name, None) != value]
+
+
+def find_run(args: argparse.Namespace) -> Path | None:
+    """The unfinished run of these arguments below --out, or None if there is none; exits with 0 if it is finished."""
+    ignored, finished = CHANGEABLE | {"out", "world_size", "label"}, None
+    for folder in (file.parent for file in sorted(Path(args.out).glob("*/args.json"))):
+        if (folder / "last.pt").is_file() and not differences(args, load_json(folder / "args.json"), ignored):
+            rows = folder / "metrics.csv"
+            done = len(rows.read_text().splitlines()) - 1 if rows.is_file() else 0
+            if done < args.epochs or not (folder / "results.json").is_file():
+                return folder
+            finished = folder / "results.json"
+    if finished:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"this run is finished: {finished}")
+        sys.exit(0)
+    return None
 
 
 def run_name(script: str, args: argparse.Namespace, parser: Parser) -> str:
@@ -636,8 +652,7 @@ def run_name(script: str, args: argparse.Namespace, parser: Parser) -> str:
     data = args.dataset if args.dataset in DEFAULTS else own_name(args.dataset)
     given = [(n, v) for n, v in vars(args).items() if n not in UNNAMED and v != parser.get_default(n)]
     named = [f"{name.replace('_', '')}{'' if value is True else value}" for name, value in given]
-    name = "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")
-    return name if len(name) <= 150 else f"{name[:141]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
 
 
 def check_precision(args: argparse.Namespace) -> None:
@@ -926,17 +941,16 @@ def load_trained(
 
 
 def new_folder(args: argparse.Namespace) -> Path:
-    """Make <out>/<name>; if it is taken <name>-2, -3, … Under --resume auto it is that very folder, where a start may
-    have been stopped before its first epoch. Raises UserError if it cannot be made."""
-    automatic = args.resume == "auto"
-    for copy in itertools.count(1):
+    """Make the folder of a new run: <out>/<name>, or if that is taken <name>-2, -3, … Raises UserError if it cannot."""
+    for copy in range(1, 1000):
         folder = Path(args.out) / (args.name + (f"-{copy}" if copy > 1 else ""))
         try:
-            folder.mkdir(parents=True, exist_ok=automatic and not (folder / "metrics.csv").exists())
+            folder.mkdir(parents=True)
             return folder
         except OSError as error:
-            if automatic or not folder.is_dir():
+            if not folder.is_dir():
                 raise UserError(f"--out {args.out}: cannot make {folder}: {error.strerror}") from None
+    raise UserError(f"--out {args.out}: there are 999 runs named {args.name}, remove some")
 
 
 class Run:
@@ -955,13 +969,13 @@ class Run:
         self.logged = []  # [(parts of the loss, images)] since the last call of `means`
         self.started, self.speed = time.perf_counter(), 0.0  # of the epoch; training images/s
         self.device = data.train.device
-        new = is_new(args)
-        self.dir = from_rank_zero(lambda: new_folder(args)) if new else Path(args.eval_only or args.resume)
-        if not new and not args.eval_only:
+        folder = args.resume or args.eval_only
+        self.dir = Path(folder) if folder else from_rank_zero(lambda: new_folder(args))
+        if args.resume:
             self._restore()
         if not args.eval_only and rank() == 0:
             write_file(self.dir / "args.json", json.dumps(vars(args), indent=1))
-        if new:
+        if not folder:
             self.save()  # from here on there is always a checkpoint to resume from
         if rank() == 0:
             ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
@@ -1071,8 +1085,8 @@ class Run:
 # Own images: folders and arrays
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of folders that are no classes
 SPLIT_SETS = (["train"], ["test", "train"], ["test", "train", "val"])  # what may be given; the rest is held out
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of folders by name
 
 
 def own_name(path: str) -> str:
@@ -1087,13 +1101,15 @@ def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
     Raises UserError if some would be left out or pooled.
     """
     files = image_files(root)
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name.lower() in SPLITS)
-    splits = {name: [file for file in files if file.is_relative_to(root / name)] for name in names}
-    if names and (names not in SPLIT_SETS or not all(splits.values())):
-        found = " and ".join(f"{name}/" for name in names)
+    folders = sorted(child.name for child in root.iterdir() if child.is_dir() and child.name.lower() in SPLITS)
+    splits = {SPLITS[name.lower()]: [file for file in files if file.is_relative_to(root / name)] for name in folders}
+    whole = sorted(splits) in SPLIT_SETS and all(splits.values()) and len(splits) == len(folders)
+    if folders and not whole:
+        found = " and ".join(f"{name}/" for name in folders)
         raise UserError(f"{root}/ has {found}: give images in train/ val/ test/, train/ test/, train/, or none of them")
-    if names and (beside := set(files).difference(*splits.values())):
-        raise UserError(f"{min(beside)} lies beside {'/ '.join(names)}/ and would not be used: move or remove it")
+    outside = set(files).difference(*splits.values()) if folders else ()
+    if outside:
+        raise UserError(f"{min(outside)} lies beside {'/ '.join(folders)}/ and would not be used: move or remove it")
     splits = splits or {"train": files}
     return dict(zip(splits, decode_images(list(splits.values()), size, data_dir), strict=True))
 
@@ -1118,7 +1134,8 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
         if a.dtype != np.uint8 or first == last:
             found = f"{a.dtype} {list(arrays[name].shape)}" + (f" from {a.min()} to {a.max()}" if numbers else "")
             needed = "uint8, or float in [0,1], [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1 or 3"
-            raise UserError(f"{file}: {name} is {found}, but must be {needed}")
+            either = "; both are possible: let H and W be above 3" if first and last else ""
+            raise UserError(f"{file}: {name} is {found}, but must be {needed}{either}")
         arrays[name] = torch.from_numpy(np.ascontiguousarray(a if first else a.transpose(0, 3, 1, 2)))
     if len({images.shape[1] for images in arrays.values()}) > 1:
         raise UserError(f"{file}: some arrays are grey, others have three channels")
@@ -1161,11 +1178,13 @@ def image_files(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(top, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
+    others = sorted(set(found).difference(files))
+    if not files and any(file.suffix in (".parquet", ".arrow") for file in others):
+        raise UserError(f"{folder}/ has tables, not images: save their images as .npz (README, Data)")
     if not files:
-        raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))}); tables: see README, Data")
-    if rank() == 0 and (others := set(found).difference(files)):
-        what = f"left out {len(others)} files that are no images by name, as {min(others)}"
-        print(f"{folder}/: {what}", file=sys.stderr)
+        raise UserError(f"{folder}/ has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    if others and rank() == 0:
+        print(f"{folder}/: left out {len(others)} files that are no images by name, as {others[0]}", file=sys.stderr)
     return files
 
 

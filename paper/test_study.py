@@ -39,8 +39,7 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch):
     setting = "--epochs 12 --limit-train 200 --limit-eval 20 --width 0.02 --fid none"
     argv = ["--dataset", "digits", "--rows", "^(RAE-no-reg|VAE 1x)$", "--seeds", "3", "--out", "out"]
     argv += ["--", *setting.split()]
-    name = "rae-digits-limittrain200-limiteval20-epochs12-width0.02-seed3"
-    broken = Path("out/rae.py-seed-3", name)
+    broken = Path("out/rae.py-seed-3/broken")
     broken.mkdir(parents=True)
     for name in ("last.pt", "args.json"):
         (broken / name).touch()
