@@ -735,15 +735,12 @@ def load_json(path: Path) -> dict:
 
 
 def write_file(path: Path, content) -> None:
-    """Replace a file atomically by text, bytes, or what `content(file)` writes. On UserError the old file stays."""
+    """Replace a file atomically by text, or by what `content(file)` writes. On UserError the old file stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode()) if isinstance(content, str) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
