@@ -516,8 +516,9 @@ def distances(features, images: dict[str, Tensor], test: Tensor, method: str) ->
     values = {}
     for kind, fakes in images.items():
         outputs = map_batches(features, fakes, f"features: {kind}", BATCH)
-        distance = partial(lambda fake: frechet_distance(*feature_statistics(fake), *reference, method), outputs)
-        values[kind] = common.from_rank_zero(distance)
+        values[kind] = common.from_rank_zero(
+            lambda fake=outputs: frechet_distance(*feature_statistics(fake), *reference, method)
+        )
     source = {"features": features.name, "features_hash": features.hash, "features_size": features.size}
     return {"metric": features.metric, **source, "features_versions": features.versions, "method": method, **values}
 
