@@ -1,4 +1,4 @@
-"""What the six scripts share: sigma points, posterior terms, nets, data sets; then arguments, ranks, a run, files.
+"""What the six scripts share: sigma points, posterior terms, nets, data sets; then arguments, ranks, a run, own images.
 
 The first four parts are the method and read as one text; the last four are plumbing. Equation, table and appendix
 numbers are those of the paper: Janjoš, Rosenbaum, Dolgov, Zöllner, "Unscented Autoencoder", ICML 2023.
