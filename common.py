@@ -648,11 +648,12 @@ def find_run(args: argparse.Namespace) -> Path | None:
 
 
 def run_name(script: str, args: argparse.Namespace, parser: Parser) -> str:
-    """<script>-<data set>-<flags that are not the default>-seed<N>, the name of a run's folder."""
+    """<script>-<data set>-<flags that are not the default>-seed<N>, the name of a run's folder (255 bytes at most)."""
     data = args.dataset if args.dataset in DEFAULTS else own_name(args.dataset)
     given = [(n, v) for n, v in vars(args).items() if n not in UNNAMED and v != parser.get_default(n)]
     named = [f"{name.replace('_', '')}{'' if value is True else value}" for name, value in given]
-    return "-".join([script, data, *named, f"seed{args.seed}"]).replace("/", "_")[:150]
+    name = "-".join([script, data, *named]).replace("/", "_").encode()[:200].decode(errors="ignore")
+    return f"{name}-seed{args.seed}"
 
 
 def check_precision(args: argparse.Namespace) -> None:
@@ -686,8 +687,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def cli(main) -> None:
-    """Run a script's main: a user's mistake is one line and exit code 2; Ctrl-C and SIGTERM, which schedulers send
-    before they kill, name the last checkpoint and end with 130 and 143."""
+    """Run a script's main: a user's mistake, or a path that cannot be reached, is one line and exit code 2; Ctrl-C and
+    SIGTERM, which schedulers send before they kill, name the last checkpoint and end with 130 and 143."""
 
     def stop(number: int, _frame) -> None:
         raise KeyboardInterrupt(number)
@@ -698,7 +699,9 @@ def cli(main) -> None:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         who = f"{Path(sys.argv[0]).name}{f' (rank {rank()})' if rank() else ''}"
         print(f"{who}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1212,7 +1215,7 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
             state = file.stat()
             known.append((os.path.relpath(file, top), state.st_size, state.st_mtime_ns))
     key = hashlib.sha256(repr((known, size, crop)).encode()).hexdigest()[:16]
-    cache = data_dir / "decoded" / f"{Path(top).resolve().name}-{size}-{key}.npy"
+    cache = data_dir / "decoded" / f"{Path(top).resolve().name[:40]}-{size}-{key}.npy"
     try:
         images = np.load(cache, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # not there, or damaged

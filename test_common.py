@@ -950,6 +950,14 @@ def test_a_folder_of_images_of_any_size_and_mode():
     assert common.read_image(folder / "b" / "grey.png").shape == (3, 40, 64)
 
 
+def test_a_long_name_of_a_folder_leaves_the_runs_its_seed():
+    name = "画像" * 42  # 252 bytes: at the limit of most file systems
+    save_pictures(name, 16)
+    tiny = ["--width", "0.01", "--batch-size", "2", "--epochs", "0", "--fid", "none"]
+    uae.main(["--dataset", name, *tiny, "--seed", "7"])
+    assert only("runs").name.endswith("-seed7") and only("data/decoded").name.startswith(name[:40])
+
+
 @pytest.mark.parametrize(
     ("splits", "counts"),
     [
@@ -1748,6 +1756,8 @@ BAD_VALUES = [
     (["--batch-size", "2000"], "2000.*1197"),
     (["--limit-train", "20"], "64.*20 training images"),
     (["--dataset", "nosuch"], "nosuch"),
+    (["--dataset", "n" * 300], "File name too long: .*nnn"),
+    (["--out", "n" * 300], "File name too long"),
     (["--dataset", "empty"], "empty/ has no images"),
     (["--dataset", "broken"], r"3\.png"),
     (["--dataset", "celeba"], "img_align_celeba"),
