@@ -217,7 +217,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with precision(self, x):
-            return self.layers(x).flatten(1).to(x.dtype)  # the heads and losses stay in float32
+            h = self.layers[:-3](x)
+        # The last convolution is float32, as heads and losses are: on CPUs with AMX oneDNN (torch 2.15) leaves a part
+        # of its bfloat16 gradient unwritten where its input is 1×1
+        return self.layers[-3:](h.to(x.dtype)).flatten(1)
 
 
 class GaussianHead(nn.Module):
