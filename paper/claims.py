@@ -4,7 +4,7 @@
 
 A difference is worse minus better, paired by seed, so that it is positive where the claim holds. With at least three
 seeds a claim is *seen* if the mean difference is above twice its standard error, *reversed* if it is below minus twice
-that, else *not seen*.
+that, else *not seen*. How many are seen says something only beside how many chance alone would show.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 
 import common
 from fid import KINDS
@@ -153,6 +154,16 @@ def judge(claim: Claim, lines: list[dict[str, str]], measure: str) -> tuple[str,
     return None
 
 
+def judge_all(claims: list[Claim], lines: list[dict[str, str]], measures: list[str]) -> dict[Claim, list[tuple]]:
+    """`judge` of each claim whose rows are there, for each measure; of claims on the same two rows the first alone."""
+    judged = {}
+    for claim in (claim.on(lines[0]["dataset"]) for claim in claims):
+        found = [judge(claim, lines, measure) for measure in measures]
+        if found[0] and claim.better != claim.worse:
+            judged.setdefault((claim.better, claim.worse), (claim, found))
+    return dict(judged.values())
+
+
 def claims_table(claims: list[Claim], lines: list[dict[str, str]], measures: list[str]) -> str:
     """Markdown: a row for each claim whose rows are there, a cell for each measure, the paper's difference in it.
 
@@ -161,13 +172,7 @@ def claims_table(claims: list[Claim], lines: list[dict[str, str]], measures: lis
     dataset, paper = lines[0]["dataset"], paper_results()
     titles = [TITLES.get(measure, "Collapsed dimensions") for measure in measures]
     table = [f"| Claim | In the paper | Rows | Seeds | {' | '.join(titles)} |", "|" + "---|" * (4 + len(measures))]
-    distinct = {}  # on a data set some are of the same two rows
-    for claim in (claim.on(dataset) for claim in claims):
-        distinct.setdefault((claim.better, claim.worse), claim)
-    for claim in distinct.values():
-        found = [judge(claim, lines, measure) for measure in measures]
-        if found[0] is None or claim.better == claim.worse:
-            continue
+    for claim, found in judge_all(claims, lines, measures).items():
         cells = []
         for measure, (word, mean, error, _) in zip(measures, found, strict=True):
             digits = 5 if measure == ERROR else 2 if measure in KINDS and max(abs(mean), error) < 1 else 1
@@ -180,6 +185,21 @@ def claims_table(claims: list[Claim], lines: list[dict[str, str]], measures: lis
         row = [claim.text, claim.place, f"{claim.better} < {claim.worse}", str(found[0][3]), *cells]
         table.append(f"| {' | '.join(row)} |")
     return "\n".join(table) if table[2:] else ""
+
+
+def tally(claims: list[Claim], lines: list[dict[str, str]]) -> str:
+    """Markdown: how many claims have each verdict, and how many would be seen if no two rows differed (Student's t).
+
+    Nothing if no claim has three seeds.
+    """
+    judged = [found for found in judge_all(claims, lines, list(TITLES)).values() if found[0][3] >= 3]
+    table = [f"| Of {len(judged)} claims | {' | '.join(TITLES.values())} |", "|---" * (1 + len(TITLES)) + "|"]
+    for word in ("seen", "reversed", "not seen"):
+        counts = [sum(found[i][0] == word for found in judged) for i in range(len(TITLES))]
+        table.append(f"| {word} | {' | '.join(map(str, counts))} |")
+    chance = [f"{sum(student.sf(2, found[i][3] - 1) for found in judged):.1f}" for i in range(len(TITLES))]
+    table.append(f"| seen by chance, and as many reversed | {' | '.join(chance)} |")
+    return "\n".join(table) if judged else ""
 
 
 def correlations(lines: list[dict[str, str]]) -> str:
@@ -203,7 +223,8 @@ def report(file: Path) -> str:
     """All tables of a study's results."""
     lines = read_results(file)
     parts = ["Difference ± its standard error, positive where the claim holds; in brackets the paper's difference."]
-    parts += [claims_table(CLAIMS, lines, list(TITLES)), claims_table(COLLAPSE, lines, ["collapsed_dimensions"])]
+    parts += [claims_table(CLAIMS, lines, list(TITLES)), tally(CLAIMS, lines)]
+    parts += [claims_table(COLLAPSE, lines, ["collapsed_dimensions"])]
     if ours := claims_table(OURS, lines, list(TITLES)):
         parts += ["Decisions of ours:", ours]
     if any((lines[0]["dataset"], line["label"]) in paper_results() for line in lines):

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,9 @@ def test_the_report_has_verdicts_the_papers_differences_and_rank_correlations(ca
         "| KL collapses dimensions, W₂ does not, samples | App. H, Fig. 5 | VAE* 1x < VAE 1x | 3 | seen: +10.0 ± 0.0 |"
     )
     assert lines.count(collapse) == 1
+    start = lines.index("| Of 1 claims | Rec. | Sample | Interp. | MSE |")
+    counts = ["| seen | 1 | 1 | 0 | 1 |", "| reversed | 0 | 0 | 1 | 0 |", "| not seen | 0 | 0 | 0 | 0 |"]
+    assert lines[start + 2 : start + 5] == counts
     # reconstruction: the paper has 45.64, 31.62, 21.56 and, a failure, 102.1; ours are 40, 30, 35 and 10
     assert "Decisions of ours:" not in lines  # none of their rows is there
     assert "| all | 4 | -0.40 | -0.40 | 0.40 |" in lines
@@ -164,6 +168,23 @@ def test_the_report_has_verdicts_the_papers_differences_and_rank_correlations(ca
     small = {"VAE 1x": {s: 0.4 + s for s in range(3)}, "VAE* 1x": {s: 0.3 + s for s in range(3)}}
     claims.main([str(results_file("small.csv", small, dataset="digits"))])
     assert "< VAE 1x | 3 | seen: +0.10 ± 0.00 | seen: +0.20 ± 0.00 |" in capsys.readouterr().out  # no paper's numbers
+
+
+def test_as_many_claims_are_counted_by_chance_as_chance_shows(monkeypatch):
+    """Simulated: differences of 3 and of 5 seeds without any effect."""
+    labels = [(f"A{i}", f"B{i}", 3 if i < 300 else 5) for i in range(600)]
+    monkeypatch.setattr(claims.common, "DEFAULTS", {"mine": {"sigma_points": "random"}})
+    draw = np.random.default_rng(0).normal
+    values = {label: dict(enumerate(draw(50, 9, n))) for *pair, n in labels for label in pair}
+    lines = table.read_results(results_file("r.csv", values, dataset="mine"))
+    every = [claims.Claim("", "", *pair) for *pair, _ in labels]
+    title, _, *rows = claims.tally([*every, *every], lines).splitlines()
+    seen, reversed_, not_seen, chance = ([float(cell) for cell in row.split("|")[2:-1]] for row in rows)
+    assert title.startswith("| Of 600 claims |") and seen[0] + reversed_[0] + not_seen[0] == 600
+    expected = 300 * (0.0918 + 0.0581)  # of Student's t with 2 and 4 degrees of freedom, beyond 2
+    assert chance == [pytest.approx(expected, abs=0.1)] * 4
+    assert abs(seen[0] - expected) < 20 and abs(reversed_[0] - expected) < 20  # three standard deviations
+    assert claims.tally(every, [line for line in lines if line["seed"] != "2" and int(line["seed"]) < 3]) == ""
 
 
 def test_a_stand_in_for_a_data_set_has_its_sigma_points():
