@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student
 
 import common
+from common import UserError
 from fid import KINDS
 from paper.table import paper_results, read_results
 
@@ -220,8 +221,10 @@ def correlations(lines: list[dict[str, str]]) -> str:
 
 
 def report(file: Path) -> str:
-    """All tables of a study's results."""
+    """All tables of a study's results. Raises UserError if they are not of one setting."""
     lines = read_results(file)
+    if len(settings := {line["setting"] for line in lines}) > 1:
+        raise UserError(f"{file} has results of {len(settings)} settings, which are not to be compared: split it")
     parts = ["Difference ± its standard error, positive where the claim holds; in brackets the paper's difference."]
     parts += [claims_table(CLAIMS, lines, list(TITLES)), tally(CLAIMS, lines)]
     parts += [claims_table(COLLAPSE, lines, ["collapsed_dimensions"])]

@@ -168,6 +168,10 @@ def test_the_report_has_verdicts_the_papers_differences_and_rank_correlations(ca
     small = {"VAE 1x": {s: 0.4 + s for s in range(3)}, "VAE* 1x": {s: 0.3 + s for s in range(3)}}
     claims.main([str(results_file("small.csv", small, dataset="digits"))])
     assert "< VAE 1x | 3 | seen: +0.10 ± 0.00 | seen: +0.20 ± 0.00 |" in capsys.readouterr().out  # no paper's numbers
+    both = Path("small.csv").read_text() + Path("r.csv").read_text().split("\n", 1)[1].replace("--width 1", "--width 2")
+    Path("both.csv").write_text(both)
+    with pytest.raises(UserError, match=r"both\.csv has results of 2 settings"):
+        claims.main(["both.csv"])
 
 
 def test_as_many_claims_are_counted_by_chance_as_chance_shows(monkeypatch):
