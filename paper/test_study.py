@@ -136,14 +136,14 @@ def test_a_claim_is_judged_by_paired_differences():
     })  # fmt: skip
     lines = table.read_results(file)
     claim = claims.Claim("", "", better="UT-VAE 2x random", worse="VAE 2x")
-    word, mean, error, seeds = claims.judge(claim, lines, "reconstruction")  # 1, 2, 3
+    word, mean, error, seeds = claims.judge(claim, claims.by_row(lines, "reconstruction"))  # 1, 2, 3
     assert (word, seeds) == ("seen", 3) and (mean, error) == pytest.approx((2, 3**-0.5))
-    assert claims.judge(claim, lines, "interpolation")[0] == "reversed"
+    assert claims.judge(claim, claims.by_row(lines, "interpolation"))[0] == "reversed"
     lines[-2]["reconstruction"] = "41"  # seed 0: 30 - 41
-    assert claims.judge(claim, lines, "reconstruction")[0] == "not seen"
+    assert claims.judge(claim, claims.by_row(lines, "reconstruction"))[0] == "not seen"
     lines[-2]["error"] = "NaN"
-    assert claims.judge(claim, lines, "reconstruction")[0] == "too few seeds"
-    assert claims.judge(claim._replace(worse="VAE 4x"), lines, "reconstruction") is None
+    assert claims.judge(claim, claims.by_row(lines, "reconstruction"))[0] == "too few seeds"
+    assert claims.judge(claim._replace(worse="VAE 4x"), claims.by_row(lines, "reconstruction")) is None
 
 
 def test_the_report_has_verdicts_the_papers_differences_and_rank_correlations(capsys):
