@@ -35,7 +35,7 @@ def metrics(folder):
 def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch):
     """The first start ends by SIGKILL, with one row failed and one in the middle; the second finishes both."""
     threads = torch.get_num_threads()
-    setting = "--epochs 20 --limit-train 200 --limit-eval 20 --width 0.02 --fid none"
+    setting = "--epochs 20 --limit-train 200 --limit-eval 20 --width 0.02 --latent-dim 4 --fid none"
     argv = ["--dataset", "digits", "--rows", "^(RAE-no-reg|VAE 1x)$", "--seeds", "3", "--out", "out"]
     argv, one_by_one = [[*argv, *jobs, "--", *setting.split()] for jobs in ([], ["--jobs", "1"])]  # RAE fails first
     broken = Path("out/rae.py-seed-3/broken")
