@@ -1942,7 +1942,7 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run():
         os.fsync = lambda file: time.sleep(0.2) or sync(file)
         uae.main(["--resume", str(folder)] if folder else [*arguments, "--out", "killed"])
 
-    for _ in range(3):
+    for _ in range(2):
         with forked(slow) as (run,):
             epochs = len(metrics(folder)) if folder else 0
             wait_until(
@@ -2020,7 +2020,7 @@ def test_two_ranks_have_the_gradient_of_one_and_see_every_image_once(monkeypatch
         for name, script in SCRIPTS.items():
             torch.manual_seed(0)
             model = common.prepare(script.nets(args), args, device).eval().double()
-            x = torch.cat(list(common.epoch_batches(data.train[:64], 64 // ranks, seed=3))).double()
+            x = torch.cat(list(common.epoch_batches(data.train[:16], 16 // ranks, seed=3))).double()
             if hasattr(script, "sample_gaussian"):
                 script.sample_gaussian = same_noise
             script.loss(*model.values(), x, args)["loss"].backward()
