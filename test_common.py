@@ -1942,7 +1942,7 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run():
         os.fsync = lambda file: time.sleep(0.2) or sync(file)
         uae.main(["--resume", str(folder)] if folder else [*arguments, "--out", "killed"])
 
-    for _ in range(2):
+    for _ in range(3):
         with forked(slow) as (run,):
             epochs = len(metrics(folder)) if folder else 0
             wait_until(
