@@ -74,12 +74,7 @@ CLAIMS = [
     Claim("RAE-L2 beats RAE without regularisation", "Table 2", "RAE-L2", "RAE-no-reg"),
     Claim("RAE-SN beats RAE without regularisation", "Table 2", "RAE-SN", "RAE-no-reg"),
     Claim("the mean image beats per-sample error, samples", "Sec. 6, Table 3", "VAE† 2x", "VAE 2x"),
-    Claim(
-        "the mean image beats per-sample error, sigma points",
-        "Sec. 6, Table 3",
-        "UT-VAE 2x",
-        "UT-VAE† 2x",
-    ),
+    Claim("the mean image beats per-sample error, sigma points", "Sec. 6, Table 3", "UT-VAE 2x", "UT-VAE† 2x"),
     Claim("more points: UT-VAE, 2 to 8", "App. C, Table 5", "UT-VAE 8x random", "UT-VAE 2x random"),
     Claim("more points: UT-VAE*, 2 to 8", "App. C, Table 5", "UT-VAE* 8x random", "UT-VAE* 2x random"),
     Claim("more points: UAE, 2 to 8", "App. C, Table 6", "UAE 8x", "UAE 2x"),
