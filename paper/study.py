@@ -18,6 +18,7 @@ import re
 import runpy
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -171,7 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     add("flags", nargs="*", metavar="-- FLAGS", help="further flags of all runs")
     args = parser.parse_args(argv)
     setting = shlex.join(["--dataset", args.dataset, *SETTINGS[args.dataset].split(), *args.flags])
-    rows = [row for row in study_rows(setting, args.dataset) if args.rows.search(row.label)]
+    every = {row.label: row for row in study_rows(setting, args.dataset)}
+    rows = [row for label, row in every.items() if args.rows.search(label)]
     if not rows:
         raise UserError(f"--rows {args.rows.pattern}: no row has this; --dry-run prints all")
     file = args.results or args.out / "results.csv"
@@ -180,10 +182,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{file} is of another setting, {other.pop()}: give another --results")
     finished = {(line["label"], int(line["seed"])): float(line["seconds"]) for line in lines if not line["error"]}
     seeds = {row: args.seeds or range(5 if row.k <= 2 else 3) for row in rows}
-    every = [(seed, row) for seed in sorted({s for each in seeds.values() for s in each}) for row in rows]
-    todo = [(seed, row) for seed, row in every if seed in seeds[row] and (row.label, seed) not in finished]
-    measured = [finished[row.label, seed] / row.cost for seed, row in every if (row.label, seed) in finished]
-    unit = sorted(measured)[len(measured) // 2] if measured else 60 * MINUTES
+    in_order = [(seed, row) for seed in sorted({s for each in seeds.values() for s in each}) for row in rows]
+    todo = [(seed, row) for seed, row in in_order if seed in seeds[row] and (row.label, seed) not in finished]
+    measured = [seconds / every[label].cost for (label, _), seconds in finished.items() if label in every]
+    unit = statistics.median(measured or [60 * MINUTES])
     for seed, row in todo if args.dry_run else ():
         print(f"{common.duration(unit * row.cost):>7}  {row.label}, seed {seed}: {row.command}")
     about = common.duration(unit * sum(row.cost for _, row in todo) / args.jobs)

@@ -113,17 +113,25 @@ def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):
     assert last.startswith(f"{len(found)} runs to do of {len(found)}, about ")
 
 
-def results_file(path, values, dataset="fashion_mnist"):
+def results_file(path, values, dataset="fashion_mnist", setting="--width 1"):
     """Results of a study, from {label: {seed: reconstruction}}; sample is twice, the error a thousandth of that."""
     lines = []
     for label, seeds in values.items():
         for seed, value in seeds.items():
-            line = {"dataset": dataset, "label": label, "seed": seed, "command": "", "setting": "--width 1"}
-            line |= {"metric": "FD-Lite0", "features": "lite0@128", "images": 2000, "error": ""}
+            line = {"dataset": dataset, "label": label, "seed": seed, "command": "", "setting": setting}
+            line |= {"metric": "FD-Lite0", "features": "lite0@128", "images": 2000, "error": "", "seconds": 240}
             line |= {"reconstruction": value, "sample": 2 * value, "interpolation": 500 - value}
             lines.append(line | {"validation_mse": value / 1000, "collapsed_dimensions": round(value)})
     Path(path).write_text(study.common.csv_text(lines))
     return Path(path)
+
+
+def test_the_time_expected_comes_from_the_rows_that_are_finished_selected_or_not(capsys):
+    """RAE's cost is 2 and VAE 4x's 5: 240 s make 600 s; three seeds, two at a time, make 15 minutes."""
+    setting = f"--dataset fashion_mnist {study.SETTINGS['fashion_mnist']}"
+    results_file("r.csv", {"RAE-no-reg": {0: 30}}, setting=setting)
+    study.main(["--dry-run", "--rows", "^VAE 4x$", "--results", "r.csv"])
+    assert "3 runs to do of 3, about 15 min;" in capsys.readouterr().out
 
 
 def test_a_claim_is_judged_by_paired_differences():
