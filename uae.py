@@ -32,16 +32,18 @@ from common import (
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """The flags of this script, checked, and what the data set or the saved run gives for those not given."""
+    """The flags of this script, checked, and what the data set gives for those not given."""
     parser = common.argument_parser(__file__, __doc__)
     add = parser.add_argument
-    add("--k", type=common.number(int, 1), default=8, help="sigma points an image, at most 2n+1")
-    add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1 are drawn (default: by data set)")
-    add("--kappa", type=common.number(float, -1e4), default=0.5, help="radius sqrt(kappa + n) of the sigma points")
+    add("--k", type=int, default=8, help="sigma points an image, at most 2n+1")
+    add(
+        "--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1 are drawn" + common.by_data("sigma_points")
+    )
+    add("--kappa", type=float, default=0.5, help="radius sqrt(kappa + n) of the sigma points")
     add("--covariance", choices=("diagonal", "full"), default="diagonal", help="of the posterior")
     choices = ("w2", "w2-squared", "w2-norms")
     add("--regularizer", choices=choices, default="w2", help="Wasserstein metric, its square, or two norms")
-    add("--gamma", type=common.number(float, 0), default=1e-6, help="weight of the decoder regularisation")
+    add("--gamma", type=float, default=1e-6, help="weight of the decoder regularisation")
     args = common.parse_args(parser, argv)
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
     variant = {"w2": "", "w2-squared": "²", "w2-norms": "ⁿ"}[args.regularizer] + "-full" * (args.covariance == "full")
@@ -81,12 +83,12 @@ def main(argv: list[str] | None = None) -> dict:
     model = common.prepare(nets(args), args, device)
     encoder, decoder = model.values()
     data = common.load_data(args, device)
-    features = fid.load_features(args, data, model)
+    features = fid.load_features(args, data)
+    common.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    # halved after 5 epochs without a better validation loss
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
+    scheduler = common.learning_rate(optimizer, args)  # halved after 5 epochs without a better validation loss
     run = common.Run(args, model, optimizer, scheduler, data)
-    while run.epoch < args.epochs and not args.eval_only:
+    while run.epoch < args.epochs:
         model.train()
         for x in run.batches():
             parts = loss(encoder, decoder, x, args)
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
             optimizer.step()
             run.log(parts, len(x))
         train, lr = run.means(), scheduler.get_last_lr()[0]
-        with common.validating(model, device, args.seed):
+        with common.validating(model, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()

@@ -12,7 +12,7 @@ import importlib
 import itertools
 import re
 import statistics
-from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError
 from functools import cache
 from pathlib import Path
 
@@ -62,16 +62,13 @@ def paper_results() -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def read_results(file: Path) -> list[dict[str, str]]:
-    """The lines of the results of paper.study. Raises UserError for another file."""
-    try:
-        with open(file, newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    if not rows or not {"dataset", "label", "seed", "setting", "error", *KINDS, "validation_mse"} <= rows[0].keys():
-        raise UserError(f"{file} has no results of paper.study")
-    return rows
+def read_results(file: Path) -> tuple[str, list[dict[str, str]]]:
+    """The setting of paper.study's results and their lines. Raises UserError for another file."""
+    with common.explained(f"{file} has no results of paper.study"), open(file, newline="", encoding="utf-8") as lines:
+        setting, rows = lines.readline().removeprefix("# ").strip(), list(csv.DictReader(lines))
+        if not rows or not {"label", "seed", "command", "validation_mse", "error"} <= rows[0].keys():
+            raise ValueError("other columns")
+    return setting, rows
 
 
 def read_runs(folders: list[Path]) -> tuple[dict[tuple, list[tuple[Path, dict]]], list[str]]:
@@ -174,7 +171,7 @@ def regex(text: str) -> re.Pattern:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser(prog="paper.table", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = common.Parser("paper.table", __doc__)
     parser.add_argument(
         "folders", type=Path, nargs="*", help="folders of runs, for example runs/, or results of paper.study"
     )
