@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +57,7 @@ def check_sigma_points(k: int, n: int, kappa: float) -> None:
     """Raise ValueError unless 1 <= k <= 2n+1 and kappa > -n (Eq. 5)."""
     if not 1 <= k <= 2 * n + 1:
         raise UserError(f"k = {k} sigma points: a latent space of {n} dimensions has 1 to {2 * n + 1} (2n+1)")
-    if not kappa > -n:
+    if not -n < kappa < math.inf:
         raise UserError(f"kappa = {kappa}: the radius sqrt(kappa + n) needs kappa > -n = {-n}")
 
 
@@ -171,7 +171,7 @@ def gradient_penalty(
     alone, so J is the Jacobian of a single image's decoding.
     """
     u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
-    if isinstance(decoder, Decoder) and decoder.as_built():
+    if type(decoder) is Decoder and repr(decoder) == decoder.built:  # no layer was changed
         with eval_mode(decoder):
             derivative = decoder.jvp(mu, u, fold)  # J u [B,C,H,W]
     else:
@@ -198,11 +198,6 @@ def check_image_size(image_size: int, sizes: tuple[int, ...] = (32, 64)) -> None
         raise UserError(f"images of {image_size} pixels: this net is made for {' or '.join(map(str, sizes))}")
 
 
-def precision(net: nn.Module, x: Tensor):
-    """A context with autocast to bfloat16 on x's device if the net's flag `bf16` is set; else nothing changes."""
-    return torch.autocast(x.device.type, torch.bfloat16) if net.bf16 else nullcontext()
-
-
 class Encoder(nn.Module):
     """x [B,C,H,W] in [-1,1] -> features [B, self.features]: six 3×3 stride-2 convolutions (Table 4)."""
 
@@ -222,7 +217,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_size(x.shape[-1], (self.image_size,))
-        with precision(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             h = self.layers[:-3](x)
         # The last convolution is float32, as heads and losses are: on CPUs with AMX oneDNN (torch 2.15) leaves a part
         # of its bfloat16 gradient unwritten where its input is 1×1
@@ -277,10 +272,6 @@ class Decoder(nn.Module):
         self.rest = nn.Sequential(*layers, nn.ConvTranspose2d(hidden[-1], channels, 3, padding=1))
         self.built = repr(self)
 
-    def as_built(self) -> bool:
-        """Whether `jvp` knows all that is done: no subclass, no layer changed."""
-        return type(self) is Decoder and repr(self) == self.built
-
     def fold(self, z: Tensor, penalty: bool = False) -> tuple[Tensor, Tensor] | None:
         """A [n, 16·16·hidden] and a [16·16·hidden] of the affine map, or None where that would not pay.
 
@@ -290,7 +281,7 @@ class Decoder(nn.Module):
         if torch.compiler.is_exporting() or z.numel() // n + 2 * len(z) * penalty <= n + 1:
             return None  # an export compares no sizes: they would be constants in it
         columns = torch.cat([self.linear.weight.T, self.linear.bias.unsqueeze(0)])  # [n+1, 1024·8·8]
-        with precision(self, columns):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             columns = self.first(columns.unflatten(1, (-1, 8, 8)))  # [n+1, 512, 16, 16]
         columns = columns.permute(0, 2, 3, 1).flatten(1)  # [n+1, 16·16·512]: channels last
         return columns[:-1], columns[-1]
@@ -304,7 +295,7 @@ class Decoder(nn.Module):
         return h.unflatten(1, (16, 16, -1)).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        with precision(self, z):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             fold = self.fold(z) if fold is None else fold
             return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
 
@@ -316,7 +307,7 @@ class Decoder(nn.Module):
         """
         if self.training:
             raise ValueError("Decoder.jvp is the derivative in evaluation mode: call decoder.eval() first")
-        with precision(self, z):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
             for layer in self.rest:
                 h = layer(h)
@@ -331,8 +322,7 @@ class Decoder(nn.Module):
 
 @contextmanager
 def eval_mode(module: nn.Module, bf16: bool = True):
-    """The module in evaluation mode for a while (batch norm: running statistics, used and not updated), without `bf16`
-    in float32."""
+    """The module in evaluation mode for a while: batch norm uses its running statistics and leaves them alone."""
     training, nets = module.training, [net for net in module.modules() if getattr(net, "bf16", False)]
     module.eval()
     for net in nets:
@@ -373,11 +363,8 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> Dataset:
-    """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or the images in a folder, .npy or .npz.
-
-    image_size (32 or 64) resizes to another size than the data set's own.
-    Raises UserError, with what to put where, if anything is missing or cannot be read.
-    """
+    """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or the images in a folder, .npy or .npz; image_size (32 or
+    64) for another size than the data set's own. Raises UserError, with what to put where, if anything is missing."""
     size, own, data_dir = image_size or DEFAULTS.get(name, OWN)["image_size"], Path(name), Path(data_dir)
     if name in DEFAULTS:
         splits, _ = LOADERS[name](data_dir)
@@ -386,15 +373,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
     return Dataset(*(crop_and_resize(split, size) for split in splits))
 
 
-def load_labels(name: str, data_dir: str | Path = "data") -> Tensor:
-    """The classes [N] of the training images of `digits`, `fashion_mnist` or `cifar10`."""
-    return LOADERS[name](Path(data_dir))[1]
-
-
 def crop_and_resize(images: Tensor, size: int, crop: int = 0) -> Tensor:
     """The centred square of images [...,H,W], of `crop` pixels or as large as it goes, resized with antialiasing."""
-    if images.shape[-2:] == (size, size):
-        return images
     square = image_ops.center_crop(images, [crop or min(images.shape[-2:])] * 2)
     return image_ops.resize(square, [size, size], antialias=True)
 
@@ -543,8 +523,8 @@ def read_image(file: Path) -> Tensor:
 def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int = 0) -> list[Tensor]:
     """Splits of image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size] each.
 
-    They are decoded once, into a file below data_dir/decoded/ that is named after the files' names, sizes, times and
-    the preprocessing, and memory-mapped ever after. Raises UserError naming the file that cannot be read.
+    They are decoded once, into a file below data_dir/decoded/ named after the files' names, sizes, times and the
+    preprocessing, and memory-mapped ever after.
     """
     files = [file for split in splits for file in split]
     top = Path(os.path.commonpath([file.parent for file in files])).resolve()
@@ -553,16 +533,11 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
     key = hashlib.sha256(repr((known, size, crop, "v2")).encode()).hexdigest()[:16]  # v2: of read_image
     cache = data_dir / "decoded" / f"{top.name[:40]}-{size}-{key}.npy"
     if not cache.exists():
-        images = np.empty((len(files), 3, size, size), np.uint8)
-
-        def decode(i: int) -> None:
-            images[i] = crop_and_resize(read_image(files[i]), size, crop)
-
-        with ThreadPoolExecutor() as pool, progress("decoding images", len(files)) as bar:
-            for _ in pool.map(decode, range(len(files))):
-                bar.update()
+        with ThreadPoolExecutor() as pool:
+            squares = pool.map(lambda file: crop_and_resize(read_image(file), size, crop), files)
+            images = torch.stack(list(progress("decoding images", len(files), squares)))
         with replacing(cache) as temporary:
-            np.save(temporary, images)
+            np.save(temporary, images.numpy())
     with explained(f"cannot read {cache}, remove it"):
         return list(torch.from_numpy(np.load(cache, mmap_mode="c")).split([len(split) for split in splits]))
 
@@ -578,27 +553,25 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
 
 
 def to_images(x: np.ndarray) -> Tensor:
-    """uint8 [N,H,W] or [N,H,W,1 or 3] -> RGB [N,3,H,W]. Raises UserError with the expression that mends others."""
-    last = x.shape[3] if x.ndim == 4 else 1
-    if x.dtype == np.uint8 and x.ndim in (3, 4) and last in (1, 3) and x.size and x.max() > 1:
-        x = np.broadcast_to(x.reshape(*x.shape[:3], last), (*x.shape[:3], 3))
-        return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
-    how = 'x.astype("uint8")' if x.dtype.kind in "iu" and x.max(initial=0) > 1 else '(x * 255).round().astype("uint8")'
-    if x.dtype == np.uint8 and x.max(initial=0) > 1 or x.ndim == 4 and x.shape[1] in (1, 3):
-        how = "x.transpose(0, 2, 3, 1)"
-    raise UserError(f"{x.dtype} {list(x.shape)} is not uint8 [N,H,W] or [N,H,W,3] from 0 to 255: save {how}")
+    """uint8 [N,H,W] or [N,H,W,1 or 3] -> RGB [N,3,H,W]. Raises UserError with the expressions that make it."""
+    channels = x.shape[3] if x.ndim == 4 else 1
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or channels not in (1, 3) or x.max(initial=0) <= 1:
+        raise UserError(
+            f"{x.dtype} {list(x.shape)} is not uint8 [N,H,W] or [N,H,W,3] from 0 to 255: "
+            'save (x * 255).round().astype("uint8") of values in [0,1], x.transpose(0, 2, 3, 1) of [N,3,H,W]'
+        )
+    x = np.broadcast_to(x.reshape(*x.shape[:3], channels), (*x.shape[:3], 3))
+    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
 def hold_out(images: dict[str, Tensor]) -> list[Tensor]:
-    """Training, validation and test images; a tenth of the training images for each of the last two that is not given,
-    the same on every machine. Raises UserError if there are too few."""
+    """Training, validation and test images; what is not given is a tenth of the training images, the same on every
+    machine."""
     train, missing = images["train"], [name for name in ("val", "test") if name not in images]
     if missing:
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
     for name in missing:
         images[name], train = train.tensor_split([len(images["train"]) // 10])
-    if min(map(len, images.values())) == 0:
-        raise UserError(f"{len(images['train'])} training images are too few to hold out a tenth of them")
     return [train, images["val"], images["test"]]
 
 
@@ -624,10 +597,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            zero, negative = name in MAY_BE_ZERO, name == "kappa"
+            zero = name in MAY_BE_ZERO
             for x in value if isinstance(value, list) else [value]:
-                if type(x) in (int, float) and not (math.isfinite(x) and (x > 0 or (zero and x == 0) or negative)):
-                    self.error(f"--{name.replace('_', '-')} {x}: give a finite number {'from' if zero else 'above'} 0")
+                if type(x) in (int, float) and not (0 < x < math.inf or (zero and x == 0) or name == "kappa"):
+                    self.error(
+                        f"--{name.replace('_', '-')} {x}: give a finite number {'of at least' if zero else 'above'} 0"
+                    )
         return args
 
     def error(self, message: str) -> None:
@@ -638,8 +613,7 @@ def by_data(name: str) -> str:
     """The defaults of a flag by data set, for its help."""
     values: dict[str, list[str]] = {}
     for data, defaults in (DEFAULTS | {"own images": OWN}).items():
-        value = defaults[name]
-        values.setdefault(" ".join(value) if isinstance(value, list) else str(value), []).append(data)
+        values.setdefault(str(defaults[name]).strip("[']"), []).append(data)
     return " (default: " + "; ".join(f"{value} for {', '.join(data)}" for value, data in values.items()) + ")"
 
 
@@ -678,28 +652,24 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
 
     Raises UserError for what is not there, or exits with 2.
     """
-    args = parser.parse_args(argv)
-    script = Path(parser.prog).stem
+    args, script = parser.parse_args(argv), Path(parser.prog).stem
     args.data_dir, args.out = (str(Path(path).expanduser()) for path in (args.data_dir, args.out))
-    if args.dataset in DEFAULTS:
-        data, defaults = args.dataset, DEFAULTS[args.dataset]
-    else:
-        own = Path(args.dataset).expanduser().resolve()
-        array = own.suffix in (".npy", ".npz") and own.is_file()
-        if not array and not own.is_dir():
-            names = ", ".join(DEFAULTS)
-            raise UserError(f"--dataset {args.dataset}: neither {names} nor a folder, .npy or .npz that is there")
-        args.dataset = str(own)  # found from anywhere
-        data, defaults = f"array-{own.stem}" if array else f"folder-{own.name}", OWN
-    given = [(name, value) for name, value in vars(args).items() if name not in UNNAMED and value is not None]
-    given = [(name, value) for name, value in given if value != defaults.get(name, parser.get_default(name))]
-    flags = [f"{name.replace('_', '')}{'' if value is True else value}" for name, value in given]
-    name = "-".join([script, data, *flags]).encode()[:200].decode(errors="ignore")
-    for flag in vars(args).keys() & defaults.keys():
-        if getattr(args, flag) is None:
-            setattr(args, flag, defaults[flag])
-    args.script, args.name, args.data = script, f"{name}-seed{args.seed}", data
-    args.channels, args.flip, args.ranks = defaults["channels"], defaults["flip"], world_size()
+    data, defaults, own = args.dataset, DEFAULTS.get(args.dataset, OWN), Path(args.dataset).expanduser().resolve()
+    if defaults is OWN:
+        if not own.is_dir() and not (own.suffix in (".npy", ".npz") and own.is_file()):
+            known = ", ".join(DEFAULTS)
+            raise UserError(f"--dataset {data}: neither {known} nor a folder, .npy or .npz that is there")
+        args.dataset, data = str(own), f"own-{own.stem}"  # found from anywhere
+    name = [script, data]
+    for flag, value in list(vars(args).items()):
+        default = defaults.get(flag, parser.get_default(flag))
+        if value is None:
+            setattr(args, flag, default)
+        elif value != default and flag not in UNNAMED:
+            name.append(flag.replace("_", "") + ("" if value is True else str(value)))
+    args.script, args.data, args.ranks = script, data, world_size()
+    args.name = "-".join(name).encode()[:200].decode(errors="ignore") + f"-seed{args.seed}"
+    args.channels, args.flip = defaults["channels"], defaults["flip"]
     command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if launched() else ["python"]
     again = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--resume"]
     args.command = shlex.join([*command, parser.prog, *again, "--resume"])
@@ -749,16 +719,15 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def locked(path: Path):
-    """An open file by which this process alone has the path until it is closed. Raises UserError if another has it."""
+    """An open file, by which this process alone has its folder until it is closed. Raises UserError if another does."""
     file = open(path, "w")  # noqa: SIM115
-    try:
-        import fcntl
+    with suppress(ImportError):
+        import fcntl  # not on Windows
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except OSError:
-        raise UserError(f"{path.parent}/ is in use by another process: wait for it, or end it") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path.parent}/ is in use by another process: wait for it, or end it") from None
     return file
 
 
@@ -885,7 +854,9 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
     args.images = [len(split) for split in data]
     ranks = f" on each of {args.ranks} ranks" if args.ranks > 1 else ""
     if not 2 <= args.batch_size <= len(data.train) // args.ranks:
-        raise UserError(f"--batch-size {args.batch_size}{ranks}: give 2 to {len(data.train)}, the training images")
+        raise UserError(
+            f"--batch-size {args.batch_size}{ranks}: give 2 to {len(data.train) // args.ranks}, its training images"
+        )
     if len(data.val) < args.ranks:
         raise UserError(f"{len(data.val)} validation images are too few for {args.ranks} ranks")
     return data
@@ -925,9 +896,9 @@ def validating(model: nn.Module, seed: int):
         yield
 
 
-def progress(description: str, total: int) -> tqdm:
+def progress(description: str, total: int, items=None) -> tqdm:
     """A progress bar over images, on rank 0 and on a terminal only."""
-    return tqdm(desc=description, total=total, unit="img", leave=False, disable=rank() > 0 or None)
+    return tqdm(items, desc=description, total=total, unit="img", leave=False, disable=rank() > 0 or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -942,25 +913,25 @@ def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namesp
     """Raise UserError unless a few images go through a copy of the nets as training and `fid.evaluate` need it."""
     encoder, decoder = copy.deepcopy(model).values()
     x = to_float(images[:4])
-    with explained("the nets cannot be trained by this loss"):
-        loss(encoder, decoder, x, args)["loss"].backward()
-        with torch.no_grad(), eval_mode(encoder), eval_mode(decoder):
-            posterior = encoder(x)
-            mean, *scale = posterior if isinstance(posterior, tuple) else (posterior,)
-            outputs = decoder(100 * torch.randn_like(mean))  # far out, where an untrained net shows its range
+    with explained("the nets fail"), torch.no_grad(), eval_mode(encoder), eval_mode(decoder):
+        posterior = encoder(x)
+        if not isinstance(posterior, Tensor | tuple):
+            raise UserError(f"the encoder returns a {type(posterior).__name__}, not z or the tuple (mean, scale)")
+        mean, *scale = posterior if isinstance(posterior, tuple) else (posterior,)
+        outputs = decoder(100 * torch.randn_like(mean))  # far out, where an untrained net shows its range
     B, n = len(x), mean.shape[-1]
     for s in scale:
-        if s.shape not in ((B, n), (B, n, n)):
-            raise UserError(f"the encoder's scale is {list(s.shape)}: standard deviations [{B},{n}] or L [{B},{n},{n}]")
-        smallest = (s if s.dim() == 2 else s.diagonal(dim1=1, dim2=2)).min().item()
-        if not smallest > 0:
+        smallest = (s.diagonal(dim1=-2, dim2=-1) if s.dim() == 3 else s).min()
+        if s.shape not in ((B, n), (B, n, n)) or not smallest > 0:
             raise UserError(
-                f"the encoder's scale is {smallest:.3g} somewhere: return (mean, scale) with scale = "
-                "exp(logvar / 2) or a Cholesky factor, not the log-variance"
+                f"the encoder's scale is {list(s.shape)}, its smallest entry {smallest:.3g}: return (mean, scale) with "
+                f"standard deviations [{B},{n}], exp(logvar / 2), or a Cholesky factor [{B},{n},{n}]"
             )
     if outputs.shape != x.shape or not outputs.abs().max() <= 1 or outputs.min() >= 0:
         found = f"{list(outputs.shape)} from {outputs.min():.3g} to {outputs.max():.3g}"
         raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
+    with explained("the nets cannot be trained by this loss"):
+        loss(encoder, decoder, x, args)["loss"].backward()
 
 
 def learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
@@ -988,23 +959,11 @@ def load_checkpoint(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Replace a checkpoint atomically."""
-    content = io.BytesIO()  # torch.save to a full disk is a RuntimeError, as a bug would be
-    torch.save(state, content)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
-
-
 def load_trained(
     folder: str | Path, nets, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, nn.Module, argparse.Namespace]:
     """Encoder, decoder and arguments of the run in `folder`: its best checkpoint in float32, in evaluation mode, its
-    parameters frozen.
-
-    nets: the script's function that builds them, for example uae.nets. Raises UserError if the folder is no run or
-    its files are damaged.
-    """
+    parameters frozen. nets: the script's function that builds them, for example uae.nets. Raises UserError."""
     state = load_checkpoint(Path(folder).expanduser() / "best.pt")
     with explained(f"{folder} is no run of the script whose nets were given"):
         args = argparse.Namespace(**state["args"])
@@ -1017,8 +976,8 @@ def load_trained(
 class Run:
     """A run's folder: args.json, metrics.csv and the checkpoints.
 
-    `best.pt` (best validation loss) is a dict of `model` with the keys `encoder.…` and `decoder.…`, `epoch`, `loss` and
-    `args`; `last.pt` has `best` (that loss), `optimizer`, `scheduler` and `history` (rows of metrics.csv) beside them.
+    `best.pt` (best validation loss) is a dict of `model` with the keys `encoder.…` and `decoder.…`, `epoch`, `args` and
+    `loss` (the best one); `last.pt` has `optimizer`, `scheduler` and `history` (rows of metrics.csv) beside them.
     """
 
     lock = None  # of the folder; a process has one run at a time
@@ -1035,7 +994,7 @@ class Run:
         if state[0]:
             for name in ("model", "optimizer", "scheduler"):
                 getattr(self, name).load_state_dict(state[0][name])
-            self.epoch, self.best, self.history = (state[0][name] for name in ("epoch", "best", "history"))
+            self.epoch, self.best, self.history = (state[0][name] for name in ("epoch", "loss", "history"))
         elif rank() == 0:
             self._save(improved=True)  # from here on there is always a checkpoint to resume from
         if rank() == 0:
@@ -1049,13 +1008,12 @@ class Run:
 
     def _open(self) -> dict | None:
         """Make the folder this process's own; the last checkpoint in it, or None. Raises UserError for another's."""
-        with explained(f"--out {self.args.out}"):
-            self.dir.mkdir(parents=True, exist_ok=True)
-            if Run.lock:
-                Run.lock.close()
-            Run.lock = locked(self.dir / ".lock")
-            for leftover in self.dir.glob(".tmp-*"):  # of a killed run
-                leftover.unlink()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if Run.lock:
+            Run.lock.close()
+        Run.lock = locked(self.dir / ".lock")
+        for leftover in self.dir.glob(".tmp-*"):  # of a killed run
+            leftover.unlink()
         if not (self.dir / "last.pt").exists():
             return None
         state = load_checkpoint(self.dir / "last.pt")
@@ -1063,7 +1021,9 @@ class Run:
             now, then = vars(self.args), state["args"]
             may_differ = MAY_DIFFER_AT_THE_END if state["epoch"] >= now["epochs"] else MAY_DIFFER
             names = sorted((now.keys() | then.keys()) - may_differ)
-            differ = [f"{name} is {now.get(name)}, was {then.get(name)}" for name in names if now[name] != then[name]]
+            differ = [
+                f"{name} is {now.get(name)}, was {then.get(name)}" for name in names if now.get(name) != then.get(name)
+            ]
         if differ:
             raise UserError(f"{self.dir} cannot go on with other arguments ({'; '.join(differ)}): give another --out")
         return state
@@ -1127,10 +1087,13 @@ class Run:
     def _save(self, improved: bool) -> None:
         """Write metrics.csv, best.pt if the epoch was the best, and last.pt; from last.pt, which comes last, the others
         can be made again."""
-        state = {"model": self.model.state_dict(), "epoch": self.epoch, "args": vars(self.args)}
+        best = {"model": self.model.state_dict(), "epoch": self.epoch, "args": vars(self.args), "loss": self.best}
+        last = best | {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
         if self.history:
             write_csv(self.dir / "metrics.csv", self.history)
-        if improved:
-            save_checkpoint(self.dir / "best.pt", state | {"loss": self.best if self.history else None})
-        state |= {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
-        save_checkpoint(self.dir / "last.pt", state | {"best": self.best, "history": self.history})
+        for name, state in {"best.pt": best, "last.pt": last | {"history": self.history}}.items():
+            if improved or name == "last.pt":
+                content = io.BytesIO()  # torch.save to a full disk is a RuntimeError, as a bug would be
+                torch.save(state, content)
+                with replacing(self.dir / name) as temporary:
+                    temporary.write_bytes(content.getbuffer())

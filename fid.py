@@ -200,13 +200,15 @@ def classifier_features(data: str, data_dir: str | Path = "data") -> Features:
     """The 64 hidden units of scikit-learn's MLPClassifier, fitted to the training images of `digits` or
     `fashion_mnist`, for FDC."""
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
 
     passes = {"digits": {"max_iter": 60}, "fashion_mnist": {"max_iter": 10, "batch_size": 256}}
     if data not in passes:
         raise UserError(f"--fid classifier is for --dataset {' or '.join(passes)}: use imagenet, tf, lite0 or none")
-    images, labels = common.load_dataset(data, data_dir).train, common.load_labels(data, data_dir)
+    (images, *_), labels = common.LOADERS[data](Path(data_dir))
+    images = common.crop_and_resize(images, 32)
     mlp = MLPClassifier((64,), activation="tanh", random_state=0, **passes[data])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):  # one thread: the same rounding everywhere
         warnings.simplefilter("ignore")  # stopping after these passes is meant
         mlp.fit(images.flatten(1).numpy() / 255.0, labels.numpy())
     hidden = nn.Linear(32 * 32, 64, dtype=torch.float64).requires_grad_(False)
@@ -439,7 +441,7 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
         "reference": "test images",
         "images": dict(zip(("train", "validation", "test"), args.images, strict=True)),
         "best_epoch": best["epoch"],  # 0: the untrained net
-        "best_validation_loss": best["loss"],
+        "best_validation_loss": best["loss"] if best["epoch"] else None,
         "validation_mse": error.square().mean().item(),
     }
     with torch.inference_mode():
@@ -459,7 +461,7 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
         temporary.write_text(json.dumps(results, indent=1))
     print_results(results, run.dir)
     try:
-        save_curves(run.dir / "curves.png", run.history)
+        save_curves(run)
     except Exception as error:  # of matplotlib, whatever its settings: the results are there
         common.note(f"curves.png was not drawn: {error}")
     return results
@@ -524,14 +526,15 @@ def save_grids(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs: T
             save_image(grid.float() / 255, temporary, nrow=columns, padding=1, pad_value=1)
 
 
-def save_curves(path: Path, history: list[dict]) -> None:
+def save_curves(run: common.Run) -> None:
     """The loss and its parts over the epochs, and where the learning rate was halved: a plot of metrics.csv."""
     from matplotlib.figure import Figure
 
+    history, plateau = run.history, run.args.schedule == "plateau"
     if not history:
         return
     names = [column.removeprefix("train_") for column in history[0] if column.startswith("train_")]
-    drops = [row["epoch"] for before, row in itertools.pairwise(history) if row["lr"] == before["lr"] / 2]
+    drops = [row["epoch"] for before, row in itertools.pairwise(history) if plateau and row["lr"] < before["lr"]]
     figure = Figure(figsize=(3.2 * len(names), 3), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
         for part, label, colour in (("train", "training", BLUE), ("val", "validation", ORANGE)):
@@ -541,7 +544,7 @@ def save_curves(path: Path, history: list[dict]) -> None:
             axes.axvline(drop, color="0.6", linewidth=0.7, zorder=0, label=label)
         axes.set(title=WORDS.get(name, name), xlabel="epoch")
         axes.legend()
-    with common.replacing(path) as temporary:
+    with common.replacing(run.dir / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 

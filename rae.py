@@ -42,7 +42,20 @@ def nets(args: Namespace) -> tuple[nn.Module, Decoder]:
     if args.decoder_reg == "sn":
         for layer in [module for module in decoder.modules() if isinstance(module, nn.Linear | nn.ConvTranspose2d)]:
             nn.utils.parametrizations.spectral_norm(layer)
+            layer.parametrizations.weight[0] = Float32(layer.parametrizations.weight[0])
     return encoder, decoder
+
+
+class Float32(nn.Module):
+    """A parametrisation in float32 under autocast too: on CUDA its power iteration would be in bfloat16."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.inner(weight)
 
 
 def weight_norm(decoder: nn.Module) -> Tensor:

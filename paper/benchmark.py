@@ -161,18 +161,19 @@ def measure_loader(args: argparse.Namespace, device: torch.device) -> dict[str, 
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = common.Parser(prog="paper.benchmark", description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = common.Parser("paper.benchmark", __doc__)
     parser.add_argument("script", help="uae.py, or another of the six; its own flags may follow")
-    parser.add_argument("--steps", type=common.number(int, 1), default=5, help="how many are timed (default: 5)")
+    parser.add_argument("--steps", type=int, default=5, help="how many are timed")
     parser.add_argument("--stock", action="store_true", help="the plain path")
     own, rest = parser.parse_known_args(argv)
     name = Path(own.script).stem
     if name not in SCRIPTS:
         parser.error(f"{own.script!r} is none of {', '.join(f'{script}.py' for script in SCRIPTS)}")
+    if own.steps < 1:
+        parser.error(f"--steps {own.steps}: give a number above 0")
     script = importlib.import_module(name)
     args = script.arguments(rest)
-    args.steps, args.stock = own.steps, own.stock
+    args.steps, args.stock, args.resume = own.steps, own.stock, True  # a run of this name may be there
     if args.stock:
         stock(script)
     device = common.start(args)

@@ -1,130 +1,146 @@
-"""What the paper claims and what the study saw: paired differences with their standard errors, and rank correlations.
+"""What the paper claims and what the study saw: paired differences with intervals, and rank correlations, in Markdown.
 
-    python -m paper.claims paper/results/fashion_mnist.csv
+    python -m paper.claims paper/results/fashion_mnist.csv                       # all parts
+    python -m paper.claims paper/results/fashion_mnist.csv --part summary        # the first pair of each main claim
 
-A difference is worse minus better, paired by seed, so that it is positive where the claim holds. With at least three
-seeds a claim is *seen* if the mean difference is above twice its standard error, *reversed* if it is below minus twice
-that, else *not seen*. How many are seen says something only beside how many chance alone would show.
+A claim is about pairs of rows. Their difference, paired by seed, has a 95 % interval of Student's t; it is *seen* if it
+leaves 0 on the side where the paper's own numbers for that data set are, *opposite* on the other side, else *open*. The
+error is judged by the paper's FID of reconstructions, the digits by its numbers on Fashion-MNIST.
 """
 
 import itertools
+import math
 import re
 import statistics
-from argparse import RawDescriptionHelpFormatter
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import spearmanr
+import numpy as np
+from scipy.stats import false_discovery_control, rankdata
 from scipy.stats import t as student
 
 import common
-from common import UserError
 from fid import KINDS
-from paper.table import paper_results, read_results
+from paper.table import dataset_of, markdown, metrics_of, paper_results, read_results
 
 ERROR = "validation_mse"
-TITLES = {"reconstruction": "Rec.", "sample": "Sample", "interpolation": "Interp.", ERROR: "MSE"}
+COLLAPSED = {"Collapsed dimensions": ["collapsed_dimensions"], "Mean variance": ["mean_variance"]}
+LIKE = {"digits": "fashion_mnist"}  # whose numbers of the paper stand for those of a data set without any
+DRAWS = 2000  # of the bootstrap
+
+# Pairs of rows "ours | other", {k} being 2, 8 and 4. A label of sigma points that does not say which stands for those
+# that the paper chose for the data set. The first pair of a main claim stands for it in the summary.
+HEADLINE = {
+    "Sigma points and the mean image beat random samples (KL)": "UT-VAE {k}x | VAE {k}x",
+    "Sigma points and the mean image beat random samples (W₂)": "UT-VAE* {k}x | VAE* {k}x",
+    "W₂ beats KL": "VAE* {k}x | VAE {k}x, VAE* 1x | VAE 1x, UT-VAE* {k}x | UT-VAE {k}x",
+    "UAE beats the VAE": "UAE {k}x | VAE {k}x",
+    "UAE against UT-VAE*": "UAE {k}x | UT-VAE* {k}x",
+    "The mean image beats each image's error": "UT-VAE 2x | UT-VAE† 2x, VAE† 2x | VAE 2x",
+    "More points help": "UT-VAE 8x | UT-VAE 2x, UT-VAE* 8x | UT-VAE* 2x, UAE 8x | UAE 2x",
+}
+COLLAPSE = {"KL collapses dimensions, W₂ does not": HEADLINE["W₂ beats KL"]}
+OTHERS = {
+    "RAE against the VAE (Table 2)": "RAE-no-reg | VAE 8x",
+    "UAE against the RAE (Table 2)": "UAE 8x | RAE-GP",
+    "Decoder regularisation, RAE (Table 2)": "RAE-GP | RAE-no-reg, RAE-L2 | RAE-no-reg, RAE-SN | RAE-no-reg",
+    "Random points against random pairs, KL (Table 5)": "UT-VAE {k}x random | UT-VAE {k}x pairs",
+    "Random points against random pairs, W₂ (Table 5)": "UT-VAE* {k}x random | UT-VAE* {k}x pairs",
+    "Random points against the largest axes, KL (Table 5)": "UT-VAE {k}x random | UT-VAE {k}x largest",
+    "Random points against the largest axes, W₂ (Table 5)": "UT-VAE* {k}x random | UT-VAE* {k}x largest",
+    "More samples (Table 6)": "VAE 8x | VAE 1x, VAE* 8x | VAE* 1x, IWAE 8x | IWAE 1x",
+    "IWAE against the VAE (Table 6)": "IWAE {k}x | VAE {k}x, IWAE 1x | VAE 1x",
+    "W₂ against IWAE (Table 6)": "VAE* {k}x | IWAE {k}x, UAE {k}x | IWAE {k}x",
+    "Decoder regularisation, KL (Table 8)": "VAE-GP 2x | VAE 2x, UT-VAE-GP 2x | UT-VAE 2x",
+    "Decoder regularisation, W₂ (Table 8)": "VAE*-GP 2x | VAE* 2x, VAE*-GP 2x | VAE-GP 2x",
+    "Full covariance, KL (Table 9)": "VAE-full 2x | VAE 2x, UT-VAE-full 2x | UT-VAE 2x",
+    "Full covariance, KL, GP (Table 9)": "VAE-full-GP 2x | VAE-GP 2x, UT-VAE-full-GP 2x | UT-VAE-GP 2x",
+    "Full covariance, W₂ (Table 9)": "VAE*-full 2x | VAE* 2x, UT-VAE*-full 2x | UT-VAE* 2x",
+    "Full covariance, W₂, GP (Table 9)": "VAE*-full-GP 2x | VAE*-GP 2x, UT-VAE*-full-GP 2x | UAE 2x",
+    "VAE* against WAE-MMD (Table 10)": "VAE* 1x | WAE-MMD",
+}
+OURS = {  # not the paper's: our way, and another, of what it leaves open
+    "W₂ against its square": "VAE* 2x | VAE*² 2x, UT-VAE* 2x | UT-VAE*² 2x, UAE 2x | UAE² 2x",
+    "W₂ against two norms": "UT-VAE* 2x | UT-VAE*ⁿ 2x",
+    "Linear schedule against plateau": "VAE 2x | VAE 2x plateau, UT-VAE* 2x | UT-VAE* 2x plateau",
+}
+CLAIMS = {"headline": HEADLINE, "collapse": COLLAPSE, "others": OTHERS, "decisions": OURS}
+PARTS = {
+    "summary": "The main claims in short",
+    "headline": "The main claims",
+    "collapse": "Collapsed dimensions and mean variance",
+    "others": "The other claims of the tables",
+    "verdicts": "All verdicts",
+    "correlations": "Rank correlation with the paper's FID",
+    "decisions": "Decisions of ours",
+}
+NOTE = """Differences of two rows in % of the second (of the collapse as they are), reconstruction / sample /
+interpolation, with 95 % intervals, beside those of the paper's FID. **Bold**: seen (of our decisions: leaves 0);
+*opposite*; else open."""
+FIGURE_5 = "over half of the dimensions, none"  # collapsed under KL and W₂, Appendix H
 
 
-class Claim(NamedTuple):
-    """`better` has the smaller distances than `worse`, both labels of rows, by the paper at `place`.
+class Comparison(NamedTuple):
+    """Two rows in one measure: the sign of the paper's difference (0: it has none); the mean of ours over `seeds`, half
+    its 95 % interval, its p-value, and the second row's mean."""
 
-    A label of sigma points that does not say which stands for those that the paper chose for the data set.
-    """
+    part: str
+    claim: str
+    pair: tuple[str, str]
+    measure: str
+    sign: int
+    mean: float
+    half: float
+    p: float
+    base: float
+    seeds: int
 
-    text: str
-    place: str
-    better: str
-    worse: str
+    @property
+    def verdict(self) -> str:
+        if abs(self.mean) <= self.half:
+            return "open"
+        if not self.sign:
+            return "lower" if self.mean < 0 else "higher"
+        return "seen" if self.mean * self.sign > 0 else "opposite"
 
-    def on(self, dataset: str) -> "Claim":
-        """The claim with the labels that the rows have on a data set."""
-        points = common.DEFAULTS[dataset]["sigma_points"]
-        better, worse = (re.sub(r"^((?:UT-VAE|UAE)\S* \dx)(?! [a-z])", rf"\1 {points}", label) for label in self[2:])
-        return self._replace(better=better, worse=worse)
+    @property
+    def cell(self) -> str:
+        unit, digits, before = abs(self.base) / 100, 1, ""
+        if self.part == "collapse":
+            unit, digits, before = 1, 2, f"{self.base + self.mean:.2f} against {self.base:.2f}: "
+        text = f"{self.mean / unit:+.{digits}f}" + (f" ± {self.half / unit:.{digits}f}" if self.seeds > 1 else "")
+        return before + {"open": text, "opposite": f"*opposite* {text}"}.get(self.verdict, f"**{text}**")
 
 
-CLAIMS = [
-    Claim("sigma points and mean image beat samples, KL, K = 8", "Sec. 6, Table 2", "UT-VAE 8x", "VAE 8x"),
-    Claim("sigma points and mean image beat samples, KL, K = 4", "Tables 5, 6", "UT-VAE 4x", "VAE 4x"),
-    Claim("sigma points and mean image beat samples, KL, K = 2", "App. D, Table 8", "UT-VAE 2x", "VAE 2x"),
-    Claim("sigma points and mean image beat samples, W₂, K = 8", "Sec. 6, Table 2", "UT-VAE* 8x", "VAE* 8x"),
-    Claim("sigma points and mean image beat samples, W₂, K = 4", "Tables 5, 6", "UT-VAE* 4x", "VAE* 4x"),
-    Claim("sigma points and mean image beat samples, W₂, K = 2", "App. D, Table 8", "UT-VAE* 2x", "VAE* 2x"),
-    Claim("random sigma points beat samples, KL, K = 2", "Tables 5, 6", "UT-VAE 2x random", "VAE 2x"),
-    Claim("random sigma points beat samples, W₂, K = 2", "Tables 5, 6", "UT-VAE* 2x random", "VAE* 2x"),
-    Claim("W₂ beats KL, samples, K = 8", "Sec. 6, Table 2", "VAE* 8x", "VAE 8x"),
-    Claim("W₂ beats KL, samples, K = 4", "Table 6", "VAE* 4x", "VAE 4x"),
-    Claim("W₂ beats KL, samples, K = 2", "App. D, Table 8", "VAE* 2x", "VAE 2x"),
-    Claim("W₂ beats KL, samples, K = 1", "Table 6", "VAE* 1x", "VAE 1x"),
-    Claim("W₂ beats KL, sigma points, K = 8", "Sec. 6, Table 2", "UT-VAE* 8x", "UT-VAE 8x"),
-    Claim("W₂ beats KL, sigma points, K = 4", "Table 5", "UT-VAE* 4x", "UT-VAE 4x"),
-    Claim("W₂ beats KL, sigma points, K = 2", "App. D, Table 8", "UT-VAE* 2x", "UT-VAE 2x"),
-    Claim("W₂ beats KL, random sigma points, K = 2", "Table 5", "UT-VAE* 2x random", "UT-VAE 2x random"),
-    Claim("W₂ with decoder regularisation beats KL with it", "App. D, Table 8", "VAE*-GP 2x", "VAE-GP 2x"),
-    Claim("UAE beats UT-VAE*, K = 8", "Sec. 6, Table 2", "UAE 8x", "UT-VAE* 8x"),
-    Claim("UAE beats UT-VAE*, K = 4", "Tables 5, 6", "UAE 4x", "UT-VAE* 4x"),
-    Claim("UAE beats UT-VAE*, K = 2", "App. D, Table 8", "UAE 2x", "UT-VAE* 2x"),
-    Claim("UAE beats the VAE, K = 8", "Sec. 6, Table 2", "UAE 8x", "VAE 8x"),
-    Claim("UAE beats the VAE, K = 4", "Table 6", "UAE 4x", "VAE 4x"),
-    Claim("UAE beats the VAE, K = 2", "Tables 3, 6", "UAE 2x", "VAE 2x"),
-    Claim("UAE beats RAE-GP", "Sec. 6, Table 2", "UAE 8x", "RAE-GP"),
-    Claim("RAE without regularisation beats the VAE", "Sec. 6, Table 2", "RAE-no-reg", "VAE 8x"),
-    Claim("RAE-GP beats RAE without regularisation", "Table 2", "RAE-GP", "RAE-no-reg"),
-    Claim("RAE-L2 beats RAE without regularisation", "Table 2", "RAE-L2", "RAE-no-reg"),
-    Claim("RAE-SN beats RAE without regularisation", "Table 2", "RAE-SN", "RAE-no-reg"),
-    Claim("the mean image beats per-sample error, samples", "Sec. 6, Table 3", "VAE† 2x", "VAE 2x"),
-    Claim("the mean image beats per-sample error, sigma points", "Sec. 6, Table 3", "UT-VAE 2x", "UT-VAE† 2x"),
-    Claim("more points: UT-VAE, 2 to 8", "App. C, Table 5", "UT-VAE 8x random", "UT-VAE 2x random"),
-    Claim("more points: UT-VAE*, 2 to 8", "App. C, Table 5", "UT-VAE* 8x random", "UT-VAE* 2x random"),
-    Claim("more points: UAE, 2 to 8", "App. C, Table 6", "UAE 8x", "UAE 2x"),
-    Claim("more samples: VAE, 1 to 8", "Table 6", "VAE 8x", "VAE 1x"),
-    Claim("more samples: VAE*, 1 to 8", "App. C, Table 6", "VAE* 8x", "VAE* 1x"),
-    Claim("more samples: IWAE, 1 to 8", "Table 6", "IWAE 8x", "IWAE 1x"),
-    *(
-        Claim(
-            f"the paper's choice of points beats {points}, {posterior}, K = {k}",
-            "App. C, Table 5",
-            f"{model} {k}x",
-            f"{model} {k}x {points}",
-        )
-        for k, (model, posterior), points in itertools.product(
-            (2, 4, 8), (("UT-VAE", "KL"), ("UT-VAE*", "W₂")), common.HEURISTICS
-        )
-    ),
-    Claim("decoder regularisation harms sigma points under KL", "App. D", "UT-VAE 2x", "UT-VAE-GP 2x"),
-    Claim("decoder regularisation helps the VAE", "App. D, Table 8", "VAE-GP 2x", "VAE 2x"),
-    Claim("decoder regularisation helps the VAE*", "App. D, Table 8", "VAE*-GP 2x", "VAE* 2x"),
-    Claim("a full covariance harms under KL, samples", "App. F, Table 9", "VAE 2x", "VAE-full 2x"),
-    Claim("a full covariance harms under KL, sigma points", "App. F, Table 9", "UT-VAE 2x", "UT-VAE-full 2x"),
-    Claim("a full covariance harms under KL, samples, GP", "App. F, Table 9", "VAE-GP 2x", "VAE-full-GP 2x"),
-    Claim("a full covariance harms under KL, sigma points, GP", "App. F, Table 9", "UT-VAE-GP 2x", "UT-VAE-full-GP 2x"),
-    Claim("a full covariance helps under W₂, samples", "App. F, Table 9", "VAE*-full 2x", "VAE* 2x"),
-    Claim("a full covariance helps under W₂, sigma points", "App. F, Table 9", "UT-VAE*-full 2x", "UT-VAE* 2x"),
-    Claim("a full covariance helps under W₂, samples, GP", "App. F, Table 9", "VAE*-full-GP 2x", "VAE*-GP 2x"),
-    Claim("a full covariance helps under W₂, sigma points, GP", "App. F, Table 9", "UT-VAE*-full-GP 2x", "UAE 2x"),
-    Claim("IWAE beats the VAE, K = 8", "Table 6", "IWAE 8x", "VAE 8x"),
-    Claim("IWAE beats the VAE, K = 4", "Table 6", "IWAE 4x", "VAE 4x"),
-    Claim("VAE* beats IWAE, K = 2", "App. C, Table 6", "VAE* 2x", "IWAE 2x"),
-    Claim("UAE beats IWAE, K = 2", "App. C, Table 6", "UAE 2x", "IWAE 2x"),
-    Claim("VAE* beats IWAE, K = 4", "App. C, Table 6", "VAE* 4x", "IWAE 4x"),
-    Claim("UAE beats IWAE, K = 4", "App. C, Table 6", "UAE 4x", "IWAE 4x"),
-    Claim("VAE* beats IWAE, K = 8", "App. C, Table 6", "VAE* 8x", "IWAE 8x"),
-    Claim("UAE beats IWAE, K = 8", "App. C, Table 6", "UAE 8x", "IWAE 8x"),
-    Claim("VAE* beats WAE-MMD", "App. G, Table 10", "VAE* 1x", "WAE-MMD"),
-]
-COLLAPSE = [  # judged by the number of collapsed dimensions
-    Claim("KL collapses dimensions, W₂ does not, samples", "App. H, Fig. 5", "VAE* 1x", "VAE 1x"),
-    Claim("KL collapses dimensions, W₂ does not, samples, K = 2", "App. H", "VAE* 2x", "VAE 2x"),
-    Claim("KL collapses dimensions, W₂ does not, sigma points", "App. H", "UT-VAE* 2x", "UT-VAE 2x"),
-]
-OURS = [  # what the paper leaves open, as this code has it by default against another way
-    Claim("W₂ against its square", "`--regularizer`", "UT-VAE* 2x", "UT-VAE*² 2x"),
-    Claim("W₂ against two norms", "`--regularizer`", "UT-VAE* 2x", "UT-VAE*ⁿ 2x"),
-    Claim("κ = 1/2 against 0.001, KL", "`--kappa`", "UT-VAE 2x", "UT-VAE 2x κ=0.001"),
-    Claim("κ = 1/2 against 0.001, W₂", "`--kappa`", "UT-VAE* 2x", "UT-VAE* 2x κ=0.001"),
-    Claim("KL in closed form against sampled, K = 1", "`iwae.py`", "VAE 1x", "IWAE 1x"),
-]
+def by_row(lines: list[dict[str, str]], column: str) -> dict[str, dict[int, float]]:
+    """The values of a column by label and seed, of runs that did not fail."""
+    values = {}
+    for line in sorted(lines, key=lambda line: int(line["seed"])):
+        if not line["error"] and line[column]:
+            values.setdefault(line["label"], {})[int(line["seed"])] = float(line[column])
+    return values
+
+
+def words(column: str) -> str:
+    """What a column is called in a text."""
+    return "error" if column == ERROR else column.replace("_", " ")
+
+
+def columns_of(lines: list[dict[str, str]]) -> dict[str, list[str]]:
+    """The columns of each metric's distances, and that of the error."""
+    return {metric: [f"{metric}_{kind}" for kind in KINDS] for metric in metrics_of(lines[0])} | {"Error": [ERROR]}
+
+
+def paper_numbers(dataset: str, label: str) -> list[float]:
+    """The paper's three FIDs of a row, or none."""
+    return [float(number) for number in paper_results().get((LIKE.get(dataset, dataset), label), ())]
+
+
+def paper_shares(dataset: str, pair: tuple[str, str]) -> list[float]:
+    """The paper's three differences of two rows in percent of the second, or none."""
+    ours, other = (paper_numbers(dataset, label) for label in pair)
+    return [100 * (a - b) / b for a, b in zip(ours, other, strict=False)]
 
 
 def failure(label: str) -> bool:
@@ -132,117 +148,137 @@ def failure(label: str) -> bool:
     return "pairs" in label or label.startswith(("VAE-full", "UT-VAE-full"))
 
 
-def by_row(lines: list[dict[str, str]], measure: str) -> dict[str, dict[str, float]]:
-    """The values of a measure by label and seed, of runs that did not fail."""
-    values = {}
-    for line in lines:
-        if not line["error"] and line[measure]:
-            values.setdefault(line["label"], {})[line["seed"]] = float(line[measure])
-    return values
+def pairs(text: str, dataset: str) -> list[tuple[str, str]]:
+    """The pairs of a claim, with the labels that their rows have on a data set."""
+    found, points = [], common.DEFAULTS[dataset]["sigma_points"]
+    unnamed = rf"^((?:UT-VAE|UAE)\S* \dx)(?! (?:{'|'.join(common.HEURISTICS)}))"
+    for pair in text.split(", "):
+        for k in (2, 8, 4) if "{k}" in pair else (0,):
+            found.append(tuple(re.sub(unnamed, rf"\1 {points}", label.format(k=k)) for label in pair.split(" | ")))
+    return found
 
 
-def verdict(differences: list[float]) -> tuple[str, float, float]:
-    """`seen`, `not seen`, `reversed` or, below three seeds, `too few seeds`; mean difference and its standard error."""
-    mean = statistics.mean(differences)
-    if len(differences) < 3:
-        return "too few seeds", mean, float("nan")
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return "seen" if mean > 2 * error else "reversed" if mean < -2 * error else "not seen", mean, error
+def compare(ours: dict[int, float], other: dict[int, float]) -> tuple[float, float, float, float, int] | None:
+    """Of the differences by seed: mean, half its 95 % interval and its p-value (Student's t), the mean of `other`, how
+    many seeds both have. None without any."""
+    seeds = ours.keys() & other.keys()
+    if not seeds:
+        return None
+    differences, base = [ours[seed] - other[seed] for seed in seeds], statistics.mean(other[seed] for seed in seeds)
+    mean, freedom = statistics.mean(differences), len(seeds) - 1
+    if not freedom:
+        return mean, math.inf, math.nan, base, 1
+    error = statistics.stdev(differences) / len(seeds) ** 0.5
+    p = 2 * student.sf(abs(mean) / error, freedom) if error else float(mean == 0)
+    return mean, student.ppf(0.975, freedom) * error, p, base, len(seeds)
 
 
-def judge(claim: Claim, values: dict[str, dict[str, float]]) -> tuple[str, float, float, int] | None:
-    """Verdict, mean difference, its standard error and the number of seeds, or None if no seed has both rows."""
-    better, worse = values.get(claim.better, {}), values.get(claim.worse, {})
-    if seeds := sorted(better.keys() & worse.keys()):
-        return *verdict([worse[seed] - better[seed] for seed in seeds]), len(seeds)
-    return None
+def judge(lines: list[dict[str, str]], dataset: str) -> list[Comparison]:
+    """All comparisons whose rows were run, by claim and pair; a pair of two claims belongs to the first."""
+    found, taken = [], set()
+    for part, claims in CLAIMS.items():
+        groups = COLLAPSED if part == "collapse" else columns_of(lines)
+        values = {column: by_row(lines, column) for group in groups.values() for column in group}
+        for claim, pair in ((claim, pair) for claim, text in claims.items() for pair in pairs(text, dataset)):
+            shares = paper_shares(dataset, pair)
+            for column, rows in values.items():
+                difference = compare(*(rows.get(label, {}) for label in pair))
+                if difference and pair[0] != pair[1] and (pair, column) not in taken:
+                    taken.add((pair, column))
+                    kind = column.rpartition("_")[2]
+                    share = shares[KINDS.index(kind) if kind in KINDS else 0] if shares else 0
+                    sign = -1 if part == "collapse" else int(np.sign(share))
+                    found.append(Comparison(part, claim, pair, column, sign, *difference))
+    return found
 
 
-def judge_all(claims: list[Claim], lines: list[dict[str, str]], measures: list[str]) -> dict[Claim, list[tuple]]:
-    """`judge` of each claim whose rows are there, for each measure; of claims on the same two rows the first alone."""
-    judged, values = {}, [by_row(lines, measure) for measure in measures]
-    for claim in (claim.on(lines[0]["dataset"]) for claim in claims):
-        found = [judge(claim, each) for each in values]
-        if found[0] and claim.better != claim.worse:
-            judged.setdefault((claim.better, claim.worse), (claim, found))
-    return dict(judged.values())
+def count(comparisons: list[Comparison]) -> str:
+    """How many there are of each verdict."""
+    found = Counter(each.verdict for each in comparisons)
+    return ", ".join(f"{found[word]} {word}" for word in ("seen", "opposite", "lower", "higher", "open") if found[word])
 
 
-def claims_table(claims: list[Claim], lines: list[dict[str, str]], measures: list[str]) -> str:
-    """Markdown: a row for each claim whose rows are there, a cell for each measure, the paper's difference in it.
+def claims_table(comparisons: list[Comparison], groups: dict[str, list[str]], dataset: str, first: bool = False) -> str:
+    """A row for each pair; or, with `first`, one for each claim: its first pair, and the verdicts of all its pairs."""
+    rows = []
+    for claim, group in itertools.groupby(comparisons, lambda each: each.claim):
+        group = list(group)
+        for pair in dict.fromkeys(each.pair for each in (group[:1] if first else group)):
+            here = [each for each in group if each.pair == pair]
+            cells = [" / ".join(each.cell for each in here if each.measure in columns) for columns in groups.values()]
+            theirs = " / ".join(f"{share:+.1f}" for share in paper_shares(dataset, pair))
+            theirs = FIGURE_5 if here[0].part == "collapse" else theirs
+            rows.append([claim, " − ".join(pair), str(here[0].seeds), theirs, *cells, count(group if first else here)])
+    header = ["Claim", "Rows", "Seeds", "The paper", *groups, "Verdicts, all pairs" if first else "Verdicts"]
+    return markdown(header, rows)
 
-    Nothing if there is no such claim.
-    """
-    dataset, paper = lines[0]["dataset"], paper_results()
-    titles = [TITLES.get(measure, "Collapsed dimensions") for measure in measures]
-    table = [f"| Claim | In the paper | Rows | Seeds | {' | '.join(titles)} |", "|" + "---|" * (4 + len(measures))]
-    for claim, found in judge_all(claims, lines, measures).items():
+
+def verdicts(comparisons: list[Comparison]) -> str:
+    """How many comparisons have each verdict, by measure, and how many of them remain after Benjamini and Hochberg's
+    procedure over all of them at 5 %."""
+    judged = [each for each in comparisons if each.seeds > 1]
+    remain = false_discovery_control([each.p for each in judged]) <= 0.05 if judged else []
+    rows = []
+    for name in [*dict.fromkeys(each.measure for each in judged), "all"]:
+        here = [i for i, each in enumerate(judged) if name in (each.measure, "all")]
+        every, left = Counter(judged[i].verdict for i in here), Counter(judged[i].verdict for i in here if remain[i])
+        numbers = [len(here), *(every[w] for w in ("seen", "opposite", "open")), left["seen"], left["opposite"]]
+        rows.append([words(name), *map(str, numbers)])
+    return markdown(["Measure", "Comparisons", "Seen", "Opposite", "Open", "Seen, B.-H.", "Opposite, B.-H."], rows)
+
+
+def spearman(ours: list[list[float]], theirs: list[float]) -> tuple[float, float, float]:
+    """Rank correlation of the means of `ours` (by row, then seed) with `theirs`, and its 95 % interval by bootstrap:
+    each draw takes the same seeds, with replacement, of all rows that have as many."""
+    u = np.random.default_rng(0).random((DRAWS, max(map(len, ours))))
+    drawn = [np.array(row)[(u[:, : len(row)] * len(row)).astype(int)].mean(1) for row in ours]  # [DRAWS] by row
+    means = np.vstack([[np.mean(row) for row in ours], np.transpose(drawn)])  # ours, then the draws
+    a, b = (rankdata(x, axis=-1) - (len(ours) + 1) / 2 for x in (means, np.array(theirs)))
+    r = a @ b / (np.linalg.norm(a, axis=1) * np.linalg.norm(b))
+    return r[0], *np.quantile(r[1:], [0.025, 0.975])
+
+
+def correlations(lines: list[dict[str, str]], dataset: str) -> str:
+    """Spearman's rank correlation with the paper's FID over rows with two seeds, with and without its failures."""
+    compared = [(words(column), column, kind) for columns in columns_of(lines).values()
+                for column in columns for kind in KINDS if kind in column or column == ERROR]  # fmt: skip
+    rows, header = [], ["Measure", "Paper's FID of", "All rows", "Rows", "Without the paper's failures", "Rows"]
+    for name, column, kind in compared:
         cells = []
-        for measure, (word, mean, error, _) in zip(measures, found, strict=True):
-            digits = 5 if measure == ERROR else 2 if measure in KINDS and max(abs(mean), error) < 1 else 1
-            cell = f"{word}: {mean:+.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
-            if measure in KINDS and {(dataset, claim.better), (dataset, claim.worse)} <= paper.keys():
-                i = KINDS.index(measure)
-                theirs = float(paper[dataset, claim.worse][i]) - float(paper[dataset, claim.better][i])
-                cell += f" ({theirs:+.1f})"
-            cells.append(cell)
-        row = [claim.text, claim.place, f"{claim.better} < {claim.worse}", str(found[0][3]), *cells]
-        table.append(f"| {' | '.join(row)} |")
-    return "\n".join(table) if table[2:] else ""
+        for keep in (lambda _: True, lambda label: not failure(label)):
+            values = {label: list(by_seed.values()) for label, by_seed in by_row(lines, column).items()}
+            values = {k: v for k, v in values.items() if len(v) > 1 and keep(k) and paper_numbers(dataset, k)}
+            theirs = [paper_numbers(dataset, label)[KINDS.index(kind)] for label in values]
+            found = spearman(list(values.values()), theirs) if len(values) > 2 else ()
+            cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*found) if found else "", str(len(values))]
+        rows.append([name, f"{kind}s", *cells])
+    return markdown(header, rows)
 
 
-def tally(claims: list[Claim], lines: list[dict[str, str]]) -> str:
-    """Markdown: how many claims have each verdict, and how many would be seen if no two rows differed (Student's t).
-
-    Nothing if no claim has three seeds.
-    """
-    judged = [found for found in judge_all(claims, lines, list(TITLES)).values() if found[0][3] >= 3]
-    table = [f"| Of {len(judged)} claims | {' | '.join(TITLES.values())} |", "|---" * (1 + len(TITLES)) + "|"]
-    for word in ("seen", "reversed", "not seen"):
-        counts = [sum(found[i][0] == word for found in judged) for i in range(len(TITLES))]
-        table.append(f"| {word} | {' | '.join(map(str, counts))} |")
-    chance = [f"{sum(student.sf(2, found[i][3] - 1) for found in judged):.1f}" for i in range(len(TITLES))]
-    table.append(f"| seen by chance, and as many reversed | {' | '.join(chance)} |")
-    return "\n".join(table) if judged else ""
-
-
-def correlations(lines: list[dict[str, str]]) -> str:
-    """Markdown: Spearman's rank correlation of our means with the paper's numbers, over rows with three seeds."""
-    dataset, paper = lines[0]["dataset"], paper_results()
-    table = ["| Rows | Number | Rec. | Sample | Interp. |", "|---|---|---|---|---|"]
-    for name, left_out in (("all", lambda label: False), ("without those that the paper calls failures", failure)):
-        cells = []
-        for i, kind in enumerate(KINDS):
-            values = by_row(lines, kind)
-            labels = [label for label in values if (dataset, label) in paper and len(values[label]) >= 3]
-            labels = [label for label in labels if not left_out(label)]
-            ours = [statistics.mean(values[label].values()) for label in labels]
-            theirs = [float(paper[dataset, label][i]) for label in labels]
-            cells.append(f"{spearmanr(ours, theirs).statistic:.2f}" if len(labels) > 2 else "")
-        table.append(f"| {name} | {len(labels)} | {' | '.join(cells)} |")
-    return "\n".join(table)
-
-
-def report(file: Path) -> str:
-    """All tables of a study's results. Raises UserError if they are not of one setting."""
-    lines = read_results(file)
-    if len(settings := {line["setting"] for line in lines}) > 1:
-        raise UserError(f"{file} has results of {len(settings)} settings, which are not to be compared: split it")
-    parts = ["Difference ± its standard error, positive where the claim holds; in brackets the paper's difference."]
-    parts += [claims_table(CLAIMS, lines, list(TITLES)), tally(CLAIMS, lines)]
-    parts += [claims_table(COLLAPSE, lines, ["collapsed_dimensions"])]
-    if ours := claims_table(OURS, lines, list(TITLES)):
-        parts += ["Decisions of ours:", ours]
-    if any((lines[0]["dataset"], line["label"]) in paper_results() for line in lines):
-        parts += ["Spearman's rank correlation with the paper's numbers:", correlations(lines)]
-    return "\n\n".join(part for part in parts if part)
+def report(file: Path, wanted: str | None = None) -> str:
+    """The parts of a study's results, or one of them."""
+    setting, lines = read_results(file)
+    dataset, parts = dataset_of(setting), {}
+    every, groups = judge(lines, dataset), columns_of(lines)
+    short = [each for each in every if each.part in ("headline", "collapse")]
+    counted = groups | {"Collapsed dimensions": COLLAPSED["Collapsed dimensions"]}
+    parts["summary"] = claims_table(short, counted, dataset, first=True)
+    for part in CLAIMS:
+        here = [each for each in every if each.part == part]
+        parts[part] = claims_table(here, COLLAPSED if part == "collapse" else groups, dataset)
+    parts["verdicts"] = verdicts([each for each in every if each.part != "decisions"])
+    parts["correlations"] = correlations(lines, dataset)
+    if wanted:
+        return parts[wanted]
+    return "\n\n".join([NOTE, *(f"**{title}**\n\n{parts[part]}" for part, title in PARTS.items())])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser(prog="paper.claims", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = common.Parser("paper.claims", __doc__)
     parser.add_argument("results", type=Path, help="results of paper.study")
+    parser.add_argument("--part", choices=PARTS, help="print this part alone")
     args = parser.parse_args(argv)
-    print(report(args.results))
+    print(report(args.results, args.part))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python -m paper.gradient_noise                        # the embedded digits
     python -m paper.gradient_noise --dataset cifar10      # the paper's figure
 
-Trains a UT-VAE with K = 2 and random pairs (the flags of ut_vae.py can be given), and after each epoch measures on its
-last batch, beside the training, for each of --seeds.
-Writes gradient_noise.csv and gradient_noise.png into a folder below --out.
+Trains a UT-VAE with K = 2 and random pairs for each of --seeds (the flags of ut_vae.py can be given), and measures on
+the last batch of each epoch. Writes gradient_noise.csv and gradient_noise.png into a folder below --out.
 """
 
+import copy
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import common
 import fid
 import ut_vae
-from common import sample_gaussian, sample_sigma_points
+from common import UserError, sample_gaussian, sample_sigma_points
 
 PAIRS, SAMPLES = 50, 200  # draws (Appendix B)
-REFUSED = ("--seed", "--resume", "--eval-only", "--fid", "--fid-method", "--save-images")  # ut_vae.py's others do here
+REFUSED = ("--seed", "--resume", "--fid", "--fid-method", "--save-images")  # ut_vae.py's others are taken
 
 
 def moments(decoder: nn.Module, x: Tensor, draw, draws: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,21 +50,13 @@ def gradient_noise(encoder: nn.Module, decoder: nn.Module, x: Tensor, kappa: flo
     `pair_cv`: coefficient of variation σ_j/|m_j| over 50 draws of a random pair of sigma points an image; `samples_cv`:
     over 200 draws of two random samples, whose mean m'_j stands for the true gradient; `gradient_bias`:
     |m_j - m'_j|/|m'_j|, which holds the sampling error of both means; `image_bias`: that of the mean decoded image,
-    over its pixels. Both nets are in training mode, and they and the random stream are left as they were.
+    over its pixels. Measured on copies of both nets in training mode.
     """
-    nets = nn.ModuleList([encoder, decoder])
-    states, buffers = common.random_states(x.device), [buffer.clone() for buffer in nets.buffers()]
-    modes = [net.training for net in nets]
-    nets.train()
+    encoder, decoder = (copy.deepcopy(net).train() for net in (encoder, decoder))
     with torch.no_grad():
         mu, scale = encoder(x)
     m, deviation, image = moments(decoder, x, lambda: sample_sigma_points(mu, scale, 2, "pairs", kappa), PAIRS)
     true_m, true_deviation, true_image = moments(decoder, x, lambda: sample_gaussian(mu, scale, 2), SAMPLES)
-    for buffer, kept in zip(nets.buffers(), buffers, strict=True):
-        buffer.copy_(kept)
-    for net, mode in zip(nets, modes, strict=True):
-        net.train(mode)
-    common.set_random_states(states)
 
     def median(a: Tensor, b: Tensor) -> float:
         return (a.abs() / b.abs()).nanmedian().item()  # 0/0 where a weight has no gradient
@@ -112,30 +104,22 @@ def save_figure(path: Path, runs: list[list[dict[str, float]]]) -> None:
         axes.legend()
     seeds = f"{len(runs)} seeds, bands from the least to the largest. " if len(runs) > 1 else ""
     figure.supxlabel(textwrap.fill(seeds + summary(runs), 120), fontsize=8)
-    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    with common.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def arguments(argv: list[str] | None = None) -> list[Namespace]:
     """ut_vae.py's for each of --seeds, with K = 2 and random pairs."""
-    parser = common.Parser(prog="paper.gradient_noise", add_help=False, allow_abbrev=False)
-    parser.add_argument("--seeds", type=common.number(int, 0), nargs="+", default=[0, 1, 2])
-    for flag in REFUSED:
-        parser.add_argument(flag, nargs="?", const="")
-    ours, argv = parser.parse_known_args(argv)
-    if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\nThe flags are those of ut_vae.py, with --seeds in place of --seed:\n")
-    for flag in REFUSED:
-        if getattr(ours, flag.strip("-").replace("-", "_")) is not None:
-            why = "give --seeds" if flag == "--seed" else "this starts anew, and measures gradients, not images"
-            raise common.UserError(f"{flag} is not for paper.gradient_noise: {why}")
-    runs = []
-    for seed in ours.seeds:
-        args = ut_vae.arguments(["--k", "2", "--sigma-points", "pairs", *argv, "--seed", str(seed)])
-        if args.world_size > 1:
-            raise common.UserError("paper.gradient_noise runs in one process, without torchrun")
-        args.name = args.name.replace("ut_vae", "gradient_noise", 1).rpartition("-seed")[0]
-        runs.append(args)
-    return runs
+    parser = common.Parser("paper.gradient_noise", __doc__ + "\nFurther flags are those of ut_vae.py.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training for each")
+    ours, rest = parser.parse_known_args(argv)
+    for flag in (flag for flag in REFUSED if flag in [each.partition("=")[0] for each in rest]):
+        why = "give --seeds" if flag == "--seed" else "this starts anew, and measures gradients, not images"
+        raise UserError(f"{flag} is not for paper.gradient_noise: {why}")
+    if common.launched():
+        raise UserError("paper.gradient_noise runs in one process, without torchrun")
+    flags = ["--k", "2", "--sigma-points", "pairs", *rest]
+    return [ut_vae.arguments([*flags, "--seed", str(seed)]) for seed in ours.seeds]
 
 
 def train(args: Namespace) -> Iterator[dict[str, float]]:
@@ -145,15 +129,16 @@ def train(args: Namespace) -> Iterator[dict[str, float]]:
     encoder, decoder = model.values()
     data = common.load_data(args, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
+    scheduler = common.learning_rate(optimizer, args)
     for epoch in range(args.epochs):
         model.train()
+        torch.manual_seed(common.stream_seed(args.seed, "noise", epoch=epoch))
         shuffle = common.stream_seed(args.seed, "shuffle", epoch=epoch)
         for x in common.epoch_batches(data.train, args.batch_size, shuffle, args.flip):
             optimizer.zero_grad()
             ut_vae.loss(encoder, decoder, x, args)["loss"].backward()
             optimizer.step()
-        with common.validating(model, device, args.seed):
+        with common.validating(model, args.seed):
             batches = common.validation_batches(data.val, args.batch_size)
             losses = [(ut_vae.loss(encoder, decoder, v, args)["loss"].item(), len(v)) for v in batches]
         scheduler.step(sum(loss * images for loss, images in losses) / len(data.val))
@@ -161,14 +146,17 @@ def train(args: Namespace) -> Iterator[dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> list[list[dict[str, float]]]:
-    settings = arguments(argv)
-    folder, runs = common.new_folder(settings[0]), []
+    settings, runs = arguments(argv), []
+    name = settings[0].name.replace("ut_vae", "gradient_noise", 1).rpartition("-seed")[0]
+    folder = Path(settings[0].out) / name
+    if folder.exists():
+        raise UserError(f"{folder} is there: remove it, or give another --out")
     for args in settings:
         runs.append([])
         for row in train(args):
             runs[-1].append(row)
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-            common.write_file(folder / "gradient_noise.csv", common.csv_text([row for run in runs for row in run]))
+            common.write_csv(folder / "gradient_noise.csv", [row for run in runs for row in run])
         save_figure(folder / "gradient_noise.png", runs)
     print(f"{summary(runs)}\neverything is in {folder}/")
     return runs

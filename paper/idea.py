@@ -7,7 +7,6 @@ sigma points of three test images and five random samples of each.
 """
 
 import tempfile
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +95,8 @@ def save_figure(path: Path, examples: list[Example], means: Tensor) -> None:
         f"for samples mean ± standard deviation over {DRAWS} sets of five, of which one is shown",
         fontsize=8,
     )
-    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    with common.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def choose(mu: Tensor, scale: Tensor) -> list[int]:
@@ -109,11 +109,10 @@ def choose(mu: Tensor, scale: Tensor) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> list[Example]:
-    parser = common.Parser(prog="paper.idea", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/idea.png"), help="the picture (default: runs/idea.png)")
-    parser.add_argument("--epochs", type=common.number(int, 0), default=60, help="of the training (default: 60)")
+    parser = common.Parser("paper.idea", __doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/idea.png"), help="the picture")
+    parser.add_argument("--epochs", type=int, default=60, help="of the training")
     args = parser.parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         ut_vae.main([*TRAINING.split(), "--epochs", str(args.epochs), "--out", folder])
         (run,) = Path(folder).iterdir()

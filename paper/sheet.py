@@ -3,16 +3,16 @@
     python -m paper.sheet runs/                          # writes runs/sheet.png and runs/sheet.html
     python -m paper.sheet runs/a runs/b --out sheet.png
 
-The page has the table of figures too, and needs no other file.
-
-A row for each run below the folders, all of one data set and image size.
+A row for each run below the folders, all of one data set and image size. The page needs no other file; it has the table
+of figures too, and Fig. 5's histograms of each run.
 """
 
 import base64
 import html
 import importlib
 import io
-from argparse import Namespace, RawDescriptionHelpFormatter
+import json
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,18 +45,28 @@ figure { margin: 0; } img { width: 100%; }
 
 
 class Row(NamedTuple):
-    """What the sheet shows of a run: its grids of images [3,H,W] in [0,1] by column, and for a Gaussian posterior the
-    mean variance of each dimension over 1000 validation images, largest first [n]."""
+    """What the sheet shows of a run: its grids of images [3,H,W] in [0,1] by column, and for a Gaussian posterior means
+    and variances of 1000 validation images [N,n]."""
 
     label: str
     grids: dict[str, Tensor]
-    variances: Tensor | None
+    posterior: tuple[Tensor, Tensor] | None
+
+    def variances(self) -> Tensor:
+        """The mean variance of each dimension, largest first [n]; none for a deterministic model."""
+        return self.posterior[1].mean(0).sort(descending=True).values if self.posterior else torch.empty(0)
+
+    def collapsed(self) -> str:
+        """How many dimensions are collapsed, in words."""
+        return f"{int((self.variances() > fid.COLLAPSED).sum())} of {len(self.variances())} collapsed"
 
 
 def find_runs(folders: list[Path]) -> list[tuple[Path, Namespace]]:
     """The trained runs below the folders, in the order of the tables. Raises UserError if they cannot be compared."""
-    files = {file.parent for folder in folders for file in folder.rglob("best.pt")}
-    runs = [(folder, Namespace(**common.load_json(folder / "args.json"))) for folder in sorted(files)]
+    runs = []
+    for file in sorted({best.with_name("args.json") for folder in folders for best in folder.rglob("best.pt")}):
+        with common.explained(f"cannot read {file}"):
+            runs.append((file.parent, Namespace(**json.loads(file.read_text()))))
     if not runs:
         raise UserError(f"no best.pt below {', '.join(map(str, folders))}")
     first, reference = runs[0]
@@ -65,14 +75,13 @@ def find_runs(folders: list[Path]) -> list[tuple[Path, Namespace]]:
             a, b = getattr(reference, name), getattr(args, name)
             if a != b:
                 raise UserError(f"{first} and {folder} cannot be compared: {name.replace('_', ' ')} {a} and {b}")
-    return sorted(runs, key=lambda run: (place(("", "", run[1].label)), run[1].seed))
+    return sorted(runs, key=lambda run: (place(run[1].label), run[1].seed))
 
 
 @torch.inference_mode()
-def make_row(folder: Path, args: Namespace, data: common.Dataset) -> Row:
+def make_row(folder: Path, args: Namespace, data: common.Dataset, label: str) -> Row:
     """Decode what the sheet shows of a run."""
-    nets = importlib.import_module(args.script).nets
-    encoder, decoder, _ = common.load_trained(folder, nets)
+    encoder, decoder, _ = common.load_trained(folder, importlib.import_module(args.script).nets)
 
     def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
         posterior = encoder(common.to_float(images))
@@ -87,28 +96,42 @@ def make_row(folder: Path, args: Namespace, data: common.Dataset) -> Row:
     steps = [common.slerp(means[8:10], means[10:12], step / 6) for step in range(7)]
     interpolations = decoder(torch.stack(steps, 1).flatten(0, 1))
     samples = decoder(fid.sample_latents(folder, 16, args.seed))
-    scale = encode(data.val[:1000])[1]
+    mu, scale = encode(data.val[:1000])
     grids = (grid(rows, 8), grid(samples, 8), grid(interpolations, 7))
-    variances = None if scale is None else common.variances(scale).mean(0).sort(descending=True).values
-    return Row(args.label, dict(zip(COLUMNS, grids, strict=True)), variances)
+    posterior = None if scale is None else (mu, common.variances(scale))
+    return Row(label, dict(zip(COLUMNS, grids, strict=True)), posterior)
 
 
-def collapsed(row: Row) -> str:
-    """How many dimensions are collapsed, in words."""
-    count = int((row.variances > fid.COLLAPSED).sum())
-    return f"{count} of {len(row.variances)} collapsed"
+def colours(variances: Tensor) -> list[str]:
+    """Of dimensions by their mean variances: collapsed ones differ."""
+    return [fid.ORANGE if value > fid.COLLAPSED else fid.BLUE for value in variances]
 
 
 def draw_variances(axes, row: Row) -> None:
-    """Bars of a row's sorted variances, collapsed dimensions in another colour; nothing for a deterministic model."""
-    if row.variances is None:
+    """Bars of a row's sorted variances; nothing for a deterministic model."""
+    if row.posterior is None:
         axes.set_axis_off()
         return
-    colours = [fid.ORANGE if value > fid.COLLAPSED else fid.BLUE for value in row.variances]
-    axes.bar(range(1, len(colours) + 1), row.variances.numpy(), width=1, color=colours)
+    variances = row.variances()
+    axes.bar(range(len(variances)), variances.numpy(), width=1, color=colours(variances))
     axes.axhline(fid.COLLAPSED, color="0.6", linewidth=0.7, linestyle="--")
     axes.set(ylim=(0, 1.1), yticks=[0, 1], xticks=[])
-    axes.set_xlabel(collapsed(row), fontsize=9)
+    axes.set_xlabel(row.collapsed(), fontsize=9)
+
+
+def draw_posterior(figure: Figure, row: Row) -> None:
+    """Fig. 5: histograms of |mean| (top) and variance (bottom), the first 16 dimensions."""
+    mu, variance = row.posterior
+    means = variance.mean(0)
+    halves = ("|mean|", mu.abs(), mu.abs().max().item()), ("variance", variance, max(1.2, variance.max().item()))
+    for half, (name, values, top) in zip(figure.subfigures(2), halves, strict=True):
+        half.supxlabel(name)
+        panels = half.subplots(2, 8, sharex=True, sharey=True).flat
+        for i, (panel, colour) in enumerate(zip(panels, colours(means), strict=False)):
+            panel.hist(values[:, i].numpy(), bins=30, range=(0, top), histtype="stepfilled", color=colour)
+            panel.set_title(f"z{i + 1}: var. {means[i]:.2f}", fontsize=9)
+        for panel in panels[len(means) :]:
+            panel.set_axis_off()
 
 
 def save_png(path: Path, rows: list[Row]) -> None:
@@ -124,29 +147,33 @@ def save_png(path: Path, rows: list[Row]) -> None:
         draw_variances(axes[3], row)
     for axes, title in zip(panels[0], (*COLUMNS.values(), VARIANCES), strict=True):
         axes.set_title(title, fontsize=9)
-    common.write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    with common.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
-def figure_html(data: bytes, caption: str, kind: str) -> str:
-    """A PNG as a figure that needs no other file."""
-    source, caption = base64.b64encode(data).decode(), html.escape(caption)
+def figure_html(picture: Image.Image | Figure, caption: str) -> str:
+    """A picture with its caption, that needs no other file."""
+    data, caption = io.BytesIO(), html.escape(caption)
+    if isinstance(picture, Figure):
+        picture.savefig(data, format="png", dpi=150)
+    else:
+        picture.save(data, "png")
+    source, kind = base64.b64encode(data.getvalue()).decode(), "grid" if isinstance(picture, Image.Image) else "chart"
     image = f'<img class="{kind}" src="data:image/png;base64,{source}" alt="{caption}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def row_html(row: Row) -> str:
     """A row as a section of the page."""
-    figures = []
-    for name, grid in row.grids.items():
-        data = io.BytesIO()
-        Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy()).save(data, "png")
-        figures.append(figure_html(data.getvalue(), COLUMNS[name], "grid"))
-    if row.variances is not None:
-        figure, data = Figure(figsize=(4, 1.3), layout="constrained"), io.BytesIO()
-        draw_variances(figure.subplots(), row)
-        figure.savefig(data, format="png", dpi=200)
-        figures.append(figure_html(data.getvalue(), VARIANCES, "chart"))
-    return f"<h2>{html.escape(row.label)}</h2>\n<section>{''.join(figures)}</section>"
+    images = [(grid.permute(1, 2, 0) * 255).round().byte().numpy() for grid in row.grids.values()]
+    figures = [figure_html(Image.fromarray(x), text) for x, text in zip(images, COLUMNS.values(), strict=True)]
+    histograms = ""
+    if row.posterior is not None:
+        figure = Figure(figsize=(11, 6), layout="constrained")
+        draw_posterior(figure, row)
+        text = f"posteriors of 1000 validation images, {row.collapsed()} (mean variance above {fid.COLLAPSED})"
+        histograms = figure_html(figure, text)
+    return f"<h2>{html.escape(row.label)}</h2>\n<section>{''.join(figures)}</section>{histograms}"
 
 
 def table_html(markdown: str) -> str:
@@ -169,27 +196,27 @@ def save_page(path: Path, rows: list[Row], table: str, title: str) -> None:
     head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     body = [f"<h1>{html.escape(title)}</h1>", table_html(table), *map(row_html, rows)]
     text = "\n".join(["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>", ""])
-    common.write_file(path, text)
+    with common.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    parser = common.Parser(prog="paper.sheet", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = common.Parser("paper.sheet", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="folders of runs, for example runs/")
     parser.add_argument("--out", type=Path, help="the picture; the page is beside it (default: sheet.png in the first)")
     args = parser.parse_args(argv)
     path = args.out or args.folders[0] / "sheet.png"
     if path.suffix != ".png":
         raise UserError(f"--out {path}: give a name that ends in .png")
-    runs = find_runs(args.folders)
-    table = results_table(*args.folders)
-    first = runs[0][1]
-    data = common.load_dataset(first.dataset, first.data_dir, torch.device("cpu"), first.image_size)
-    rows = [make_row(folder, run, data) for folder, run in runs]
-    labels = [row.label for row in rows]
-    rows = [row._replace(label=f"{row.label}, seed {run.seed}") if labels.count(row.label) > 1 else row
-            for row, (_, run) in zip(rows, runs, strict=True)]  # fmt: skip
+    runs, table = find_runs(args.folders), results_table(*args.folders)
+    first, labels = runs[0][1], [run.label for _, run in runs]
+    data = common.load_dataset(first.dataset, first.data_dir, first.image_size)
+    rows = []
+    for folder, run in runs:
+        label = run.label if labels.count(run.label) == 1 else f"{run.label}, seed {run.seed}"
+        rows.append(make_row(folder, run, data, label))
     save_png(path, rows)
-    save_page(path.with_suffix(".html"), rows, table, f"{data.name}: models side by side")
+    save_page(path.with_suffix(".html"), rows, table, f"{first.data}: models side by side")
     print(f"wrote {path} and {path.with_suffix('.html')}")
     return rows
 

@@ -96,9 +96,9 @@ def run_script(script: str, argv: list[str], log: Path) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    with open(log, "a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
     sys.argv = [script, *argv]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
@@ -124,7 +124,7 @@ def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str]) ->
     text = log.read_text(encoding="utf-8").strip()
     folders = re.findall(r"^everything is in (.*)/$", text, re.MULTILINE)
     if exitcode or not folders:
-        return line | {"error": f"exit code {exitcode}: {[*text.splitlines(), 'no output'][-1 if text else 0]}"}
+        return line | {"error": f"exit code {exitcode}: {['no output', *text.splitlines()][-1]}"}
     folder = Path(folders[-1])
     results = json.loads((folder / "results.json").read_text())
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as epochs:
@@ -171,7 +171,7 @@ def study(
                 done = len(todo) - len(waiting) - len(running)
                 what = f"failed    {row.label}, seed {seed}: {line['error']}"
                 if not line["error"]:
-                    numbers = " / ".join(f"{line[f'{metrics[0]}_{kind}']:.4g}" for kind in KINDS if metrics)
+                    numbers = " / ".join(f"{line[f'{metric}_{kind}']:.4g}" for metric in metrics for kind in KINDS)
                     what = f"finished  {row.label}, seed {seed}: {numbers}, {line['seconds']} s"
                 print(f"{what}\n{done} of {len(todo)} done, {len(running)} running, about {about} left", flush=True)
     finally:

@@ -1,20 +1,23 @@
-"""The results of runs in one Markdown table beside the paper's numbers, and the paper's tables by themselves.
+"""The results of runs in Markdown beside the paper's numbers, and the paper's tables by themselves.
 
     python -m paper.table runs/         # every results.json below the folder, mean ± standard deviation over seeds
     python -m paper.table paper/results/fashion_mnist.csv       # the same for the results of paper.study
     python -m paper.table --paper       # Tables 2, 3, 5, 6, 8, 9 and 10 of the paper, a command for each row
 
-tables.csv beside this file is the one place that knows the paper's numbers.
+A run that differs in anything but the seed is a row of its own, named by the flags that differ. tables.csv beside this
+file is the one place that knows the paper's numbers.
 """
 
 import csv
 import importlib
 import itertools
+import json
 import re
 import statistics
 from argparse import ArgumentTypeError
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 from common import UserError
@@ -23,8 +26,23 @@ from fid import KINDS
 TABLES = Path(__file__).with_name("tables.csv")
 DATASETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
 ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "UT-VAE*", "UAE", "IWAE", "WAE-MMD"]
-# differ between runs of one row: the seed, where a run was and how it was started; label follows from the others
-IGNORED = {"seed", "name", "out", "data_dir", "device", "resume", "eval_only", "save_images", "label"}
+MEASURED = {"validation_mse": ("MSE", 5), "collapsed_dimensions": ("Collapsed", 1), "mean_variance": ("Variance", 3)}
+# differ between runs of one row: the seed, where a run was and how it was started; the label follows from the others
+IGNORED = common.UNNAMED | {"command", "name", "label"}
+
+
+class Result(NamedTuple):
+    """A run: three distances by features, and the other figures by name. `settings`: all that it depends on but the
+    seed; `title`: what is said of it above the table."""
+
+    source: Path
+    data: str
+    model: str
+    seed: int
+    title: str
+    settings: dict[str, str]
+    distances: dict[str, list[float]]
+    figures: dict[str, float]
 
 
 def paper_rows() -> list[dict[str, str]]:
@@ -34,19 +52,19 @@ def paper_rows() -> list[dict[str, str]]:
 
 
 def paper_cells(row: dict[str, str], dataset: str) -> list[str]:
-    """The paper's three numbers of a row for a data set, as the paper prints them."""
+    """The paper's three numbers of a row for a data set, as it prints them."""
     return [row[f"{dataset}_{kind}"] for kind in KINDS]
 
 
 def paper_tables() -> str:
     """The paper's tables in one of Markdown."""
-    lines = ["| Row | Command | " + " | ".join(f"Paper: {name}" for name in DATASETS.values()) + " |", "|" + "---|" * 5]
+    lines = []
     for table, rows in itertools.groupby(paper_rows(), lambda row: row["table"]):
-        lines.append(f"| **Table {table}** | | | | |")
+        lines.append([f"**Table {table}**", *[""] * 4])
         for row in rows:
-            numbers = " | ".join(" / ".join(paper_cells(row, dataset)) for dataset in DATASETS)
-            lines.append(f"| {row['label']} | `{row['command']}` | {numbers} |")
-    return "\n".join(lines)
+            numbers = [" / ".join(paper_cells(row, dataset)) for dataset in DATASETS]
+            lines.append([row["label"], f"`{row['command']}`", *numbers])
+    return markdown(["Row", "Command", *(f"Paper: {name}" for name in DATASETS.values())], lines)
 
 
 @cache
@@ -71,94 +89,124 @@ def read_results(file: Path) -> tuple[str, list[dict[str, str]]]:
     return setting, rows
 
 
-def read_runs(folders: list[Path]) -> tuple[dict[tuple, list[tuple[Path, dict]]], list[str]]:
-    """The results below the folders by (data set, features, model), with their folders; and what is left out, in words.
-
-    Raises UserError for a file that is none of these scripts', or if there is nothing for a table.
-    """
-    rows, left_out = {}, []
-    for run in sorted({file.parent for folder in folders for file in folder.rglob("args.json")}):
-        if not (run / "results.json").is_file():
-            left_out.append(f"{run} is not finished")
-    for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
-        result = common.load_json(file)
-        if result.get("metric", "") is None:
-            left_out.append(f"{file.parent} has no distances (--fid none)")
-            continue
-        try:
-            key = (result["data"]["name"], result["features"], result["model"])
-            result |= {kind: float(result[kind]) for kind in (*KINDS, "validation_mse")}
-            result["settings"] = {name: value for name, value in result["args"].items() if name not in IGNORED}
-            result["settings"] |= {name: result[name] for name in ("images", "features_hash")}
-            result["seed"], result["count"] = result["args"]["seed"], result["images"]["test"]
-            rows.setdefault(key, []).append((file.parent, result))
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"{file} is not a results.json of these scripts") from None
-    for file in (folder for folder in folders if folder.is_file()):
-        for line in read_results(file):
-            if line["error"] or not line["metric"]:
-                why = line["error"] or "has no distances (--fid none)"
-                left_out.append(f"{line['label']}, seed {line['seed']}: {why}")
-                continue
-            result = {"seed": line["seed"], "count": line["images"], "settings": {"setting": line["setting"]}}
-            result |= {kind: float(line[kind]) for kind in (*KINDS, "validation_mse")}
-            rows.setdefault((line["dataset"], line["features"], line["label"]), []).append((file, result))
-    if not rows:
-        where = ", ".join(f"{folder}/" for folder in folders)
-        raise UserError("; ".join([f"no results.json with distances below {where}", *left_out]))
-    return rows, left_out
+def dataset_of(setting: str) -> str:
+    """The data set that a setting of paper.study names."""
+    return setting.split("--dataset ")[1].split()[0]
 
 
-def check_runs(what: str, runs: list[tuple[Path, dict]]) -> None:
-    """Raise UserError if runs of one row differ in anything but the seed, or have one seed twice."""
-    (first, reference), *_ = runs
-    seeds = {}
-    for folder, result in runs:
-        a, b = reference["settings"], result["settings"]
-        if differ := [f"{k} ({a.get(k)!r}, {b.get(k)!r})" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]:
-            raise UserError(f"{first} and {folder} are both {what} but differ in {', '.join(differ)}: remove one")
-        if (other := seeds.setdefault(result["seed"], folder)) != folder:
-            raise UserError(f"{other} and {folder} are one seed of {what}: remove one")
+def metrics_of(line: dict[str, str]) -> list[str]:
+    """The metrics whose distances a line of paper.study's results has."""
+    return [column.removesuffix(f"_{KINDS[0]}") for column in line if column.endswith(f"_{KINDS[0]}")]
 
 
-def place(key: tuple[str, str, str]) -> tuple:
-    """Where (data set, features, model) stands in the table: models in the order of Table 2, variants beside them."""
-    stem = re.sub("(?<!RAE)-GP|-full|[†²ⁿ]", "", key[2].split(" ")[0])
-    return *key[:2], ORDER.index(stem) if stem in ORDER else len(ORDER), key[2]
+def read_study(file: Path) -> tuple[list[Result], list[str]]:
+    """The results in a file of paper.study, and what is left out, in words."""
+    (setting, lines), results = read_results(file), []
+    for line in (line for line in lines if not line["error"]):
+        distances = {metric: [float(line[f"{metric}_{kind}"]) for kind in KINDS] for metric in metrics_of(line)}
+        figures = {name: float(line[name]) for name in MEASURED if line[name]}
+        data, seed, settings = dataset_of(setting), int(line["seed"]), {"setting": setting}
+        results.append(Result(file, data, line["label"], seed, setting, settings, distances, figures))
+    return results, [f"{line['label']}, seed {line['seed']}: {line['error']}" for line in lines if line["error"]]
+
+
+def read_run(file: Path) -> Result:
+    """The results.json of a run. Raises UserError for another file."""
+    with common.explained(f"{file} is no results.json of these scripts"):
+        content = json.loads(file.read_text())
+        args, measured, counts = content["args"], content["distances"], content["images"]
+        shown = {name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+                 for name, value in args.items() if name not in IGNORED}  # fmt: skip
+        features = {name: f"{found['metric']} {name}" for name, found in measured.items()}
+        shown["fid"] = " ".join(f"{name} {found['hash'][:6]} {found['method']}" for name, found in measured.items())
+        distances = {features[name]: [float(found[kind]) for kind in KINDS] for name, found in measured.items()}
+        figures = {name: float(content[name]) for name in MEASURED if name in content}
+        title = ", ".join([content["data"], *features.values(), f"{counts['test']} test images"])
+        return Result(file.parent, content["data"], content["model"], args["seed"], title, shown, distances, figures)
+
+
+def read_all(folders: tuple[Path, ...]) -> tuple[list[Result], list[str]]:
+    """The results below folders and in files of paper.study, and what is left out, in words. Raises UserError if there
+    are none."""
+    files = sorted({file.with_name("results.json") for folder in folders for file in folder.rglob("args.json")})
+    left_out = [f"{file.parent} is not finished" for file in files if not file.is_file()]
+    results = [read_run(file) for file in files if file.is_file()]
+    for file in (folder for folder in folders if not folder.is_dir()):
+        found, failed = read_study(file)
+        results, left_out = results + found, left_out + failed
+    if not results:
+        raise UserError("; ".join([f"no results.json below {', '.join(map(str, folders))}", *left_out]))
+    return results, left_out
+
+
+def by_row(results: list[Result]) -> dict[str, list[Result]]:
+    """The runs of one data set by row: the model, and the settings in which its runs differ. Raises UserError if a row
+    has one seed twice."""
+    rows = {}
+    for run in results:
+        same = [other.settings for other in results if other.model == run.model]
+        differ = [name for name in sorted(run.settings) if len({settings.get(name) for settings in same}) > 1]
+        name = ", ".join([run.model, *(f"{flag.replace('_', '-')} {run.settings[flag]}" for flag in differ)])
+        seeds = rows.setdefault(name, {})
+        if other := seeds.get(run.seed):
+            raise UserError(f"{other.source} and {run.source} are one seed of {name} on {run.data}: remove one")
+        seeds[run.seed] = run
+    return {name: list(rows[name].values()) for name in sorted(rows, key=place)}
+
+
+def place(label: str) -> tuple:
+    """Where a row stands in the table: models in the order of Table 2, variants beside them, numbers by size."""
+    stem = re.sub("(?<!RAE)-GP|-full|[†²ⁿ]", "", label.split(",")[0].split(" ")[0])
+    number = ORDER.index(stem) if stem in ORDER else len(ORDER)
+    return number, [(int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", label)]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def results_table(*folders: Path, wanted: str | re.Pattern = "") -> str:
-    """One Markdown table of all results.json below the folders, a row per data set, model and features: mean ± standard
-    deviation over seeds, and the paper's numbers for its rows. What all rows have in common stands above the table,
-    what was left out below it.
+    """A Markdown table for each data set: a row's mean ± standard deviation over seeds, and the paper's numbers for its
+    rows. What the runs have in common stands above it, what was left out below.
 
     wanted: a regular expression; only the models that have it.
     """
-    rows, left_out = read_runs(folders)
-    rows = {key: runs for key, runs in rows.items() if re.search(wanted, key[2])}
-    if not rows:
+    results, left_out = read_all(folders)
+    results = [result for result in results if re.search(wanted, result.model)]
+    if not results:
         raise UserError("--rows: no model has this in its name")
-    paper = paper_results()
-    compared = any((dataset, model) in paper for dataset, _, model in rows)
-    groups = {(*key[:2], str(runs[0][1]["count"])) for key, runs in rows.items()}
-    header = ["Data set", "Features", "Images"] if len(groups) > 1 else []
-    header += ["Model", "Rec.", "Sample", "Interp.", "MSE", "Seeds", *["Paper (rec. / sample / interp.)"] * compared]
-    title = [] if len(groups) > 1 else ["{}, {}, {} images:".format(*group) + "\n" for group in groups]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for key in sorted(rows, key=place):
-        (dataset, features, model), runs = key, rows[key]
-        check_runs(f"{model} on {dataset}", runs)
-        cells = [dataset, features, str(runs[0][1]["count"])] if len(groups) > 1 else []
-        cells += [model, *(spread([result[kind] for _, result in runs]) for kind in (*KINDS, "validation_mse"))]
-        cells += [str(len(runs)), *[" / ".join(paper.get((dataset, model), ()))] * compared]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*title, *lines, *(f"\nleft out: {what}" for what in left_out)])
+    parts, paper = [], paper_results()
+    for data in sorted({result.data for result in results}):
+        here = [result for result in results if result.data == data]
+        features = list(dict.fromkeys(name for result in here for name in result.distances))
+        metrics = [name.split()[0] for name in features]
+        headers = [m if metrics.count(m) == 1 else name for m, name in zip(metrics, features, strict=True)]
+        figures = [name for name in MEASURED if any(name in result.figures for result in here)]
+        compared = any((data, result.model) in paper for result in here)
+        header = ["Model", *headers, *(MEASURED[name][0] for name in figures), "Seeds", *["Paper"] * compared]
+        rows = []
+        for name, runs in by_row(here).items():
+            cells = [name]
+            for each in features:
+                values = zip(*(run.distances[each] for run in runs if each in run.distances), strict=True)
+                cells.append(" / ".join(spread(list(kind)) for kind in values))
+            for figure in figures:
+                cells.append(
+                    spread([run.figures[figure] for run in runs if figure in run.figures], MEASURED[figure][1])
+                )
+            rows.append([*cells, str(len(runs)), *[" / ".join(paper.get((data, runs[0].model), ()))] * compared])
+        titles = "; ".join(dict.fromkeys(result.title for result in here))
+        parts += [f"{titles} (distances: reconstruction / sample / interpolation):", markdown(header, rows)]
+    return "\n\n".join([*parts, *(f"left out: {what}" for what in left_out)])
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation, to two decimals of a distance as the paper has it, to five of a small error."""
+def spread(values: list[float], digits: int | None = None) -> str:
+    """Mean ± standard deviation, of distances to as many digits as the paper has; nothing for none."""
+    if not values:
+        return ""
     mean = statistics.mean(values)
-    digits = 1 if mean >= 100 else 2 if mean >= 0.5 else 5
+    digits = (1 if mean >= 100 else 2) if digits is None else digits
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
@@ -172,15 +220,14 @@ def regex(text: str) -> re.Pattern:
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("paper.table", __doc__)
-    parser.add_argument(
-        "folders", type=Path, nargs="*", help="folders of runs, for example runs/, or results of paper.study"
-    )
-    parser.add_argument("--rows", metavar="REGEX", type=regex, default="", help="only models whose name has this")
-    parser.add_argument("--paper", action="store_true", help="print the paper's tables")
+    add = parser.add_argument
+    add("folders", type=Path, nargs="*", help="folders of runs, for example runs/, or results of paper.study")
+    add("--rows", metavar="REGEX", type=regex, help="only models whose name has this")
+    add("--paper", action="store_true", help="print the paper's tables")
     args = parser.parse_args(argv)
     if bool(args.folders) == args.paper:
         parser.error("give folders of runs, for example runs/, or --paper")
-    print(paper_tables() if args.paper else results_table(*args.folders, wanted=args.rows))
+    print(paper_tables() if args.paper else results_table(*args.folders, wanted=args.rows or ""))
 
 
 if __name__ == "__main__":

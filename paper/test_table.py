@@ -1,4 +1,4 @@
-"""Tests of paper/table.py, of tables.csv and of the tables in paper/README.md."""
+"""Tests of paper/table.py and of tables.csv."""
 
 import importlib
 import json
@@ -12,9 +12,6 @@ import pytest
 from common import UserError
 from paper import table
 
-README = Path(__file__).with_name("README.md")
-HEADER = "| Data set | Features | Images | Model | Rec. | Sample | Interp. | MSE | Seeds |"
-
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
@@ -22,116 +19,90 @@ def _alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def fake_result(folder, model="UAE 8x largest", seed=0, sample=1.0, data="cifar10", **settings):
-    """A results.json as a run writes it, as far as the table reads it."""
-    kinds = {"reconstruction": 2 * sample, "sample": sample, "interpolation": 3.0, "validation_mse": sample / 100}
-    args = {"seed": seed, "epochs": 100, "out": str(folder), "world_size": 1} | settings
-    content = {
-        "model": model,
-        "data": {"name": data},
-        "metric": "FID",
-        "features": "inception-tf",
-        "features_hash": "1",
-        "images": {"test": 10000},
-        "args": args,
-    } | kinds
+def fake_run(
+    folder, model="UAE 8x largest", seed=0, value=1.0, data="cifar10", features=("FID", "inception-tf"), **args
+):
+    """A run's folder as far as the table reads it."""
+    distances = {"reconstruction": 2 * value, "sample": value, "interpolation": 3.0, "hash": "1", "method": "sqrtm"}
+    metrics = {name: {"metric": metric} | distances for metric, name in zip(features[::2], features[1::2], strict=True)}
+    content = {"model": model, "data": data, "images": {"test": 10000}, "validation_mse": value / 100}
+    content |= {"distances": metrics, "args": {"seed": seed, "epochs": 100, "out": str(folder)} | args}
     Path(folder).mkdir(parents=True)
-    (Path(folder) / "results.json").write_text(json.dumps(content))
+    for name in ("args", "results"):
+        (Path(folder) / f"{name}.json").write_text(json.dumps(content))
 
 
 def printed(capsys, *argv):
-    table.main(list(argv))
+    table.main([str(each) for each in argv])
     return capsys.readouterr().out.splitlines()
 
 
-def test_results_table_averages_over_seeds_in_the_papers_order(capsys):
-    for i, sample in enumerate((1.0, 2.0, 6.0)):
-        fake_result(f"runs/a{i}", seed=i, sample=sample, device=f"cuda:{i}")
-    for model in ("VAE 8x", "UT-VAE*-GP 2x largest", "RAE-L2", "VAE*-full 2x", "WAE-MMD", "VAE*² 8x", "Mine"):
-        fake_result(f"runs/{model.replace(' ', '').replace('*', 's')}", model=model)
-    fake_result("runs/f", data="fashion_mnist")
+def test_results_are_means_over_seeds_in_the_papers_order_for_each_features_of_a_run(capsys):
+    for seed, value in enumerate((1.0, 2.0, 6.0)):
+        fake_run(f"runs/a{seed}", seed=seed, value=value, device=f"cuda:{seed}")
+    for model in ("Mine", "VAE 8x", "UT-VAE*-GP 2x largest", "VAE*-full 2x", "WAE-MMD", "VAE*² 8x"):
+        fake_run(f"runs/{model}", model=model)
+    fake_run("runs/f", data="fashion_mnist", features=("FD-Lite0", "lite0@128", "FDC", "fashion_mnist-mlp"))
     lines = printed(capsys, "runs")
-    assert lines[0].startswith(HEADER)
-    assert [line.split(" | ")[3] for line in lines[2:]] == [
-        "VAE 8x", "RAE-L2", "VAE*-full 2x", "VAE*² 8x", "UT-VAE*-GP 2x largest", "UAE 8x largest", "WAE-MMD", "Mine",
-        "UAE 8x largest",
-    ]  # fmt: skip
-    ours = "| inception-tf | 10000 | UAE 8x largest | 6.00 ± 5.29 | 3.00 ± 2.65 | 3.00 ± 0.00 | 0.03000 ± 0.02646 | 3 |"
-    assert sum(line.startswith(f"| cifar10 {ours}") for line in lines) == 1
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert lines[0].startswith("cifar10, FID inception-tf, 10000 test images (")
+    assert lines[2] == "| Model | FID | MSE | Seeds | Paper |"
+    models = [line.strip("| ").split(" | ")[0] for line in lines[4:9]]
+    assert models == ["VAE 8x", "VAE*-full 2x", "VAE*² 8x", "UT-VAE*-GP 2x largest", "UAE 8x largest"]
+    ours, theirs = "6.00 ± 5.29 / 3.00 ± 2.65 / 3.00 ± 0.00 | 0.03000 ± 0.02646 | 3", "71.97 / 89.91 / 83.50"
+    assert lines[8] == f"| UAE 8x largest | {ours} | {theirs} |"
+    assert lines[10] == "| Mine | 2.00 / 1.00 / 3.00 | 0.01000 | 1 |  |"  # no row of the paper
+    assert lines[12].startswith("fashion_mnist, FD-Lite0 lite0@128, FDC fashion_mnist-mlp, 10000")
+    assert lines[14] == "| Model | FD-Lite0 | FDC | MSE | Seeds |"
+    assert lines[16:] == ["| UAE 8x largest | 2.00 / 1.00 / 3.00 | 2.00 / 1.00 / 3.00 | 0.01000 | 1 |"]
     shutil.move("runs/a2", "others/a2")  # several folders, one of them twice
     assert printed(capsys, "runs", "others", "others/a2") == lines
 
 
-def test_what_has_no_row_is_named_below_the_table(capsys):
-    fake_result("runs/a")
-    lines = printed(capsys, "runs")
-    Path("runs/none").mkdir()
-    Path("runs/none/results.json").write_text(json.dumps({"metric": None}))  # --fid none
+def test_a_sweep_has_a_row_for_each_value(capsys):
+    for n, seed in ((128, 0), (16, 0), (16, 1), (32, 0)):
+        fake_run(f"runs/{n}-{seed}", seed=seed, value=n, latent_dim=n, images=[1, 2, 3])
+    fake_run("runs/other", model="VAE 8x", latent_dim=7)
+    rows = [line.strip("| ").split(" | ") for line in printed(capsys, "runs", "--rows", "UAE")[4:]]
+    assert [row[0] for row in rows] == [f"UAE 8x largest, latent-dim {n}" for n in (16, 32, 128)]
+    assert [row[3] for row in rows] == ["2", "1", "1"]
+    fake_run("runs/more", seed=1, latent_dim=32, images=[1, 2, 4])  # its images have changed
+    assert "| UAE 8x largest, images 1 2 4, latent-dim 32 |" in "\n".join(printed(capsys, "runs"))
+
+
+def test_what_has_no_row_is_named_and_what_is_wrong_is_refused(capsys):
+    fake_run("runs/a")
     Path("runs/killed").mkdir()
     Path("runs/killed/args.json").write_text("{}")
-    output = printed(capsys, "runs")
-    assert output[: len(lines)] == lines
-    assert [line for line in output[len(lines) :] if line] == [
-        "left out: runs/killed is not finished", "left out: runs/none has no distances (--fid none)"
-    ]  # fmt: skip
-    with pytest.raises(UserError, match=r"no results.* below runs/none/; runs/none has no distances \(--fid none\)"):
-        table.main(["runs/none"])
-    with pytest.raises(UserError, match="no results"):
-        table.main(["nosuch"])
-
-
-def test_runs_of_one_row_differ_in_the_seed_only():
-    fake_result("runs/a0")
-    for changed, message in (
-        ({"seed": 9, "epochs": 50}, r"runs/a0 and runs/other are .* epochs \(100, 50\)"),
-        ({"seed": 9, "world_size": 4}, r"world_size \(1, 4\)"),
-        ({}, "runs/a0 and runs/other are one seed of UAE 8x largest on cifar10"),
+    assert printed(capsys, "runs")[-1] == "left out: runs/killed is not finished"
+    fake_run("two/a")
+    fake_run("two/b", device="cuda")
+    fake_run("bad/a")
+    Path("bad/a/results.json").write_text('{"metric": "FID"}')
+    for argv, message in (
+        (["runs/killed"], "no results.json below runs/killed; runs/killed is not finished"),
+        (["nosuch"], "nosuch"),
+        (["runs", "--rows", "X"], "no model has this"),
+        (["two"], "two/a and two/b are one seed of UAE 8x largest on cifar10: remove one"),
+        (["bad"], "bad/a/results.json is no results.json of these scripts"),
     ):
-        fake_result("runs/other", **changed)
         with pytest.raises(UserError, match=message):
-            table.main(["runs"])
-        shutil.rmtree("runs/other")
-    Path("runs/a0/results.json").write_text('{"metric": "FID"}')
-    with pytest.raises(UserError, match=r"a0/results\.json is not a results\.json of these scripts"):
-        table.main(["runs"])
+            table.main(argv)
+    for argv in ([], ["runs", "--paper"], ["--nosuch"], ["runs", "--rows", "("]):
+        with pytest.raises(SystemExit, match="2"):
+            table.main(argv)
+        assert re.fullmatch("paper.table: error: .*\n", capsys.readouterr().err)
 
 
-def test_the_papers_numbers_stand_beside_the_runs_of_its_rows(capsys):
-    fake_result("runs/a", model="UAE 8x random")  # on CIFAR10 the paper has the largest
-    fake_result("runs/b", model="UAE 8x largest", data="digits")
-    lines = printed(capsys, "runs")
-    assert lines[0] == HEADER
-    fake_result("runs/c", model="UAE 8x largest")
-    fake_result("runs/d", model="UT-VAE 8x random", data="celeba")  # in Tables 2 and 5: the first counts
-    lines = printed(capsys, "runs")
-    assert lines[0] == f"{HEADER} Paper (rec. / sample / interp.) |"
-    known, ours = "inception-tf | 10000", "2.00 | 1.00 | 3.00 | 0.01000 | 1 |"
-    assert lines[2:] == [
-        f"| celeba | {known} | UT-VAE 8x random | {ours} 50.11 / 54.15 / 54.32 |",
-        f"| cifar10 | {known} | UAE 8x largest | {ours} 71.97 / 89.91 / 83.50 |",
-        f"| cifar10 | {known} | UAE 8x random | {ours}  |",
-        f"| digits | {known} | UAE 8x largest | {ours}  |",
-    ]
-
-
-def test_the_readme_has_the_generated_tables(capsys):
-    text = README.read_text(encoding="utf-8")
-    between = re.findall(r"<!-- paper\.table --paper -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
-    assert between == ["\n".join(printed(capsys, "--paper"))]
-    lines = between[0].splitlines()
-    assert lines[2] == "| **Table 2** | | | | |" and len(lines) == 2 + 7 + 65
-    cells = "44.29 / 48.73 / 61.99 | 110.0 / 120.6 / 118.3 | 65.86 / 68.53 / 68.75"
-    assert lines[3] == f"| VAE 8x | `vae.py --k 8` | {cells} |"
-
-
-def test_tables_csv_is_whole():
+def test_tables_csv_is_whole(capsys):
     rows = table.paper_rows()
     assert Counter(row["table"] for row in rows) == {"2": 9, "3": 4, "5": 19, "6": 15, "8": 8, "9": 8, "10": 2}
     for row in rows:
-        assert list(row)[:3] == ["table", "label", "command"]
         numbers = list(row.values())[3:]
         assert len(numbers) == 9 and all(re.fullmatch(r"\d{2,3}\.\d{1,2}", number) for number in numbers), row
+    lines = printed(capsys, "--paper")
+    cells = "44.29 / 48.73 / 61.99 | 110.0 / 120.6 / 118.3 | 65.86 / 68.53 / 68.75"
+    assert len(lines) == 2 + 7 + 65 and lines[2] == "| **Table 2** |  |  |  |  |"
+    assert lines[3] == f"| VAE 8x | `vae.py --k 8` | {cells} |"
 
 
 @pytest.mark.parametrize("dataset", table.DATASETS)
@@ -140,16 +111,7 @@ def test_every_command_is_the_row_that_its_label_says(dataset):
     for row in table.paper_rows():
         script, *flags = row["command"].split()
         args = importlib.import_module(script.removesuffix(".py")).arguments([*flags, "--dataset", dataset])
-        label = row["label"].replace(",", "").removesuffix(".")
-        heuristic = getattr(args, "sigma_points", None)
-        assert args.dataset == dataset and args.label in (label, f"{label} {heuristic}"), row
+        label, heuristic = row["label"].replace(",", "").removesuffix("."), getattr(args, "sigma_points", None)
+        assert args.label in (label, f"{label} {heuristic}"), row
         if heuristic and "--sigma-points" not in flags:
             assert heuristic == ("largest" if dataset == "cifar10" else "random")
-
-
-@pytest.mark.parametrize("argv", [[], ["runs", "--paper"], ["--nosuch"]])
-def test_a_wrong_command_is_one_line(argv, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        table.main(argv)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and "error: " in error

@@ -1,0 +1,158 @@
+"""Tests of paper/claims.py, paper/agreement.py and of the generated parts of the documents."""
+
+import math
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from common import UserError
+from fid import KINDS
+from paper import agreement, claims, documents, study, table
+
+
+def results_file(path, rows, dataset="fashion_mnist"):
+    """Results of paper.study: v, 2v and 500 - v as distances, error v/1000, by label and seed."""
+    lines = []
+    for label, seed, v in ((label, seed, v) for label, values in rows.items() for seed, v in values.items()):
+        line = {"label": label, "seed": seed, "command": "x.py"}
+        line |= {f"FDC_{kind}": value for kind, value in zip(KINDS, (v, 2 * v, 500 - v), strict=True)}
+        collapsed = "" if label.startswith("RAE") else v
+        line |= {"validation_mse": v / 1000, "collapsed_dimensions": collapsed, "mean_variance": collapsed}
+        lines.append(line | {"error": "NaN" if label == "Bad" else ""})
+    study.write_results(Path(path), study.SETTINGS[dataset], lines)
+    return Path(path)
+
+
+def test_a_difference_is_paired_by_seed():
+    """By hand: 1, 2, 3 have mean 2 and standard error 1/√3; for two degrees of freedom p = 1 - t/√(2 + t²)."""
+    mean, half, p, base, seeds = claims.compare({2: 53, 1: 42, 0: 31, 4: 9}, {0: 30, 1: 40, 2: 50, 3: 7})
+    assert (mean, base, seeds) == (2, 40, 3) and half == pytest.approx(4.302653 / math.sqrt(3))
+    assert p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14))
+    assert claims.compare({0: 5}, {0: 3})[:2] == (2, math.inf) and claims.compare({0: 5}, {1: 3}) is None
+    assert claims.compare({0: 5, 1: 6}, {0: 3, 1: 4})[1:3] == (0, 0)  # every seed says the same
+
+
+@pytest.mark.parametrize(("dataset", "points"), [("digits", "random"), ("cifar10", "largest")])
+def test_a_claim_takes_the_sign_of_the_papers_numbers(dataset, points, tmp_path):
+    """UAE against UT-VAE*: the paper's UAE is ahead on CIFAR10 and behind on Fashion-MNIST, which judges the digits."""
+    uae, ut_vae = f"UAE 2x {points}", f"UT-VAE* 2x {points}"
+    file = results_file(tmp_path / "r.csv", {uae: {0: 110, 1: 112, 2: 114}, ut_vae: {0: 100, 1: 100, 2: 100}}, dataset)
+    up, down = "+12.0 ± 5.0", "-3.0 ± 1.2"  # 4.302653 · 2/√3 of 100, and of 400
+    cells = f"**{up}** / **{up}** / *opposite* {down} | **{up}** | 3 seen, 1 opposite |"
+    if dataset == "cifar10":
+        cells = f"*opposite* {up} / *opposite* {up} / **{down}** | *opposite* {up} | 1 seen, 3 opposite |"
+    theirs = "-5.4 / -4.3 / -4.4" if dataset == "cifar10" else "+3.6 / +3.4 / +5.9"
+    row = f"| UAE against UT-VAE* | {uae} − {ut_vae} | 3 | {theirs} | {cells}"
+    assert claims.report(file, "headline").splitlines()[2:] == [row]
+
+
+def test_the_parts_of_a_report(tmp_path, capsys):
+    ours = {"VAE 1x": 40, "VAE* 1x": 30, "VAE 2x": 45, "VAE* 2x": 50, "RAE-no-reg": 35, "UT-VAE 2x pairs": 10}
+    file = results_file(tmp_path / "r.csv", {k: {0: v, 1: v + 1, 2: v + 3} for k, v in ours.items()})
+    claims.main([str(file)])
+    text, parts = capsys.readouterr().out, {part: claims.report(file, part) for part in claims.PARTS}
+    assert all(part in text for part in parts.values())
+    _, _, first, collapse = parts["summary"].splitlines()
+    assert first.startswith("| W₂ beats KL | VAE* 2x − VAE 2x | 3 |") and first.endswith("| 4 seen, 4 opposite |")
+    assert collapse.startswith("| KL collapses dimensions, W₂ does not | VAE* 2x − VAE 2x | 3 |")
+    line = f"VAE* 1x − VAE 1x | 3 | {claims.FIGURE_5} | 31.33 against 41.33: **-10.00 ± 0.00** |"
+    assert line in parts["collapse"] and parts["decisions"].count("\n") == 1  # none was run
+    # by hand: the paper's reconstructions 45.64, 31.62, 43.66, 30.07, 21.56, 102.1 and ours have ranks
+    # 5 3 4 2 1 6 and 4 2 5 6 3 1: Σd² = 1 + 1 + 1 + 16 + 4 + 25, so 1 - 6·48/210; without the pairs 1 - 6·18/120
+    numbers = "| reconstructions | -0.37 [-0.37, -0.37] | 6 | 0.10 [0.10, 0.10] | 5 |"
+    assert (
+        f"| FDC reconstruction {numbers}\n" in parts["correlations"] and f"| error {numbers}\n" in parts["correlations"]
+    )
+
+
+def test_the_interval_of_a_rank_correlation_is_over_seeds():
+    r = claims.spearman([[1, 1, 9], [2, 2, 2], [3, 3, 3]], [10, 20, 30])  # the means are 3.67, 2, 3
+    assert r == pytest.approx((-0.5, -0.5, 1))  # a draw without the third seed has the paper's order
+    assert claims.spearman([[1], [2], [3], [4]], [1, 2, 4, 3]) == pytest.approx((0.8, 0.8, 0.8))
+
+
+def test_benjamini_and_hochberg_by_hand():
+    """Of sorted p the largest i with p_i ≤ 0.05 i/m counts: 0.031 ≤ 0.05·4/5 brings 0.025 > 0.05·2/5 with it."""
+    values = [(0.012, -1), (0.03, -1), (0.031, 1), (0.2, -1), (0.025, -1)]
+    found = [claims.Comparison("others", "", ("a", "b"), "x", -1, mean, 0.5, p, 1, 3) for p, mean in values]
+    assert claims.verdicts(found).endswith("| x | 5 | 4 | 1 | 0 | 3 | 1 |\n| all | 5 | 4 | 1 | 0 | 3 | 1 |")
+    found[0] = found[0]._replace(p=0.05)  # now 0.025 > 0.01, 0.03 > 0.02, 0.031 > 0.03, 0.05 > 0.04
+    assert claims.verdicts(found).endswith("| all | 5 | 4 | 1 | 0 | 0 | 0 |")
+
+
+@pytest.mark.parametrize("dataset", study.SETTINGS)
+def test_every_claim_is_of_rows_of_the_study(dataset):
+    labels = {row.label for row in study.study_rows(dataset)}
+    every = [
+        pair for group in claims.CLAIMS.values() for text in group.values() for pair in claims.pairs(text, dataset)
+    ]
+    if dataset == "cifar10":  # nine rows of Table 2, with K = 2, and three with W₂²
+        assert sum(set(pair) <= labels for pair in every) == 6 + 2 + 3 + 3
+    else:
+        assert {label for pair in every for label in pair} - labels == {"VAE*² 2x", "UAE² 2x random"}  # CIFAR10's alone
+        assert sum(claims.failure(label) for label in labels) == 6 + 4 and not claims.failure("VAE*-full 2x")
+
+
+def test_the_table_of_a_study(tmp_path, capsys):
+    file = results_file(tmp_path / "r.csv", {"VAE 8x": {0: 60, 1: 70}, "Mine": {0: 1}, "Bad": {1: 2}})
+    table.main([str(file)])
+    title, _, header, _, vae, *_, last = capsys.readouterr().out.splitlines()
+    assert title.startswith(study.SETTINGS["fashion_mnist"]) and last == "left out: Bad, seed 1: NaN"
+    assert header == "| Model | FDC | MSE | Collapsed | Variance | Seeds | Paper |"
+    numbers = "65.00 ± 7.07 / 130.0 ± 14.1 / 435.0 ± 7.1 | 0.06500 ± 0.00707 | 65.0 ± 7.1 | 65.000 ± 7.071 | 2"
+    assert vae == f"| VAE 8x | {numbers} | 44.29 / 48.73 / 61.99 |"
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for module in (table, claims, agreement):
+        with pytest.raises(UserError, match=r"other\.csv has no results of paper\.study"):
+            module.main([str(tmp_path / "other.csv")])
+
+
+def test_the_picture_shows_each_rows_mean_and_spread_against_the_papers_number(tmp_path):
+    rows = {"VAE 8x": {0: 50, 1: 60}, "RAE-GP": {0: 20}, "UT-VAE 2x pairs": {0: 90, 1: 91}, "WAE-MMD": {0: 40}}
+    file = results_file(tmp_path / "r.csv", rows | {"Mine": {0: 3}})
+    ((first, second, _, error),) = agreement.read_panels(file)
+    assert (first.title, second.title, error.title) == ("FDC, reconstruction", "FDC, sample", "error (MSE)")
+    assert first.theirs == error.theirs == [44.29, 22.91, 102.1, 47.58] and second.theirs[0] == 48.73
+    # without the pairs: ours 55, 20, 40 and the paper's 44.29, 22.91, 47.58
+    assert first.correlation() == "rank correlation 0.80, without failures 0.50"
+    axes = Figure().subplots()
+    agreement.draw(axes, first)
+    points = [tuple(each.lines[0].get_xydata()[0]) for each in axes.containers]
+    assert points == [(44.29, 55), (22.91, 20), (102.1, 90.5), (47.58, 40)]
+    ends = axes.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert ends == pytest.approx([55 - 50**0.5, 55 + 50**0.5])  # standard deviation of 50 and 60
+    assert [each.lines[0].get_markerfacecolor() == "white" for each in axes.containers] == [False, False, True, False]
+    assert agreement.describe("UT-VAE*-full-GP 2x random", "digits") == ("UT-VAE*", "2x", "full GP")
+    assert agreement.describe("UT-VAE 8x random", "cifar10") == ("UT-VAE", "8x", "random")
+    agreement.main([str(file), "--out", str(tmp_path / "deep" / "a.png")])
+    assert Image.open(tmp_path / "deep" / "a.png").width == 11 * 160
+    with pytest.raises(UserError, match=r"r\.csv: 1 rows have numbers of the paper"):
+        agreement.main([str(results_file(tmp_path / "r.csv", {"VAE 8x": {0: 1}, "Mine": {0: 2}}))])
+
+
+BLOCKS = [(file, block) for file in documents.DOCUMENTS if (study.ROOT / file).exists()
+          for block in documents.BLOCK.findall((study.ROOT / file).read_text(encoding="utf-8"))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "block"), BLOCKS, ids=[f"{file}: {m} {argv}" for file, (m, argv, _) in BLOCKS])
+def test_the_generated_parts_of_the_documents_are_what_their_commands_print(file, block, monkeypatch):
+    monkeypatch.chdir(study.ROOT)
+    module, arguments, text = block
+    assert documents.printed(module, arguments) == text
+
+
+def test_documents_are_written_by_their_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results_file("r.csv", {"VAE 8x": {0: 60}})
+    end = "<!-- end -->\n"
+    old = f"a\n<!-- paper.table r.csv --rows '^V.* 8' -->\nold\n{end}b\n<!-- paper.claims a.csv -->\n{end}"
+    Path("README.md").write_text(old)
+    documents.main([])
+    text = Path("README.md").read_text()
+    first, second = (block[2] for block in documents.BLOCK.findall(text))
+    assert "| VAE 8x | 60.00 /" in first and second == "*Not run yet: a.csv.*\n"
+    assert text.replace(first, "old\n").replace(second, "") == old
+    documents.main([])
+    assert Path("README.md").read_text() == text and "2 generated parts, as they were" in capsys.readouterr().out
