@@ -553,21 +553,29 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
 
 
 def to_images(x: np.ndarray) -> Tensor:
-    """uint8 [N,H,W] or [N,H,W,1 or 3] -> RGB [N,3,H,W]. Raises UserError with the expressions that make it."""
+    """uint8 [N,H,W] or [N,H,W,1 or 3] -> RGB [N,3,H,W]. Raises UserError with what makes it of others."""
     channels = x.shape[3] if x.ndim == 4 else 1
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or channels not in (1, 3) or x.max(initial=0) <= 1:
-        raise UserError(
-            f"{x.dtype} {list(x.shape)} is not uint8 [N,H,W] or [N,H,W,3] from 0 to 255: "
-            'save (x * 255).round().astype("uint8") of values in [0,1], x.transpose(0, 2, 3, 1) of [N,3,H,W]'
-        )
-    x = np.broadcast_to(x.reshape(*x.shape[:3], channels), (*x.shape[:3], 3))
-    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    if x.dtype == np.uint8 and x.ndim in (3, 4) and channels in (1, 3) and x.max(initial=0) > 1:
+        x = np.broadcast_to(x.reshape(*x.shape[:3], channels), (*x.shape[:3], 3))
+        return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    mends = [
+        (x.dtype.kind == "f", '(x * 255).round().astype("uint8"), of values in [0,1]'),
+        (x.dtype != np.uint8, 'x.astype("uint8"), of values in 0..255'),
+        (x.max(initial=0) <= 1, "x * 255, of 0 and 1"),
+        (x.ndim == 4 and x.shape[1] in (1, 3), "x.transpose(0, 2, 3, 1)"),
+        (x.ndim == 4, "x[..., :3]"),
+        (True, "x.reshape(-1, H, W, 3)"),
+    ]
+    how = next(expression for fits, expression in mends if fits)
+    raise UserError(f"{x.dtype} {list(x.shape)} is not uint8 [N,H,W] or [N,H,W,3] from 0 to 255: save {how}")
 
 
 def hold_out(images: dict[str, Tensor]) -> list[Tensor]:
     """Training, validation and test images; what is not given is a tenth of the training images, the same on every
-    machine."""
+    machine. Raises UserError if that is none."""
     train, missing = images["train"], [name for name in ("val", "test") if name not in images]
+    if missing and len(train) < 10:
+        raise UserError(f"{len(train)} training images are too few to hold out a tenth of them")
     if missing:
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
     for name in missing:
@@ -578,7 +586,7 @@ def hold_out(images: dict[str, Tensor]) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments and files
 
-MAY_BE_ZERO = {"seed", "epochs", "beta", "gamma"}
+MAY_BE_ZERO = {"seed", "seeds", "epochs", "beta", "gamma"}
 UNNAMED = {"dataset", "out", "seed", "resume", "device", "data_dir", "fid", "fid_method", "compile", "save_images"}
 
 

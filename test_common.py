@@ -47,7 +47,8 @@ import vae
 import wae_mmd
 from common import UserError
 
-torch.set_num_threads(1)  # tiny nets are faster with it
+torch.set_num_threads(1)  # forked children need it, tiny nets are faster with it
+threadpoolctl.threadpool_limits(1)
 SCRIPTS = {"vae": vae, "ut_vae": ut_vae, "uae": uae, "rae": rae, "iwae": iwae, "wae_mmd": wae_mmd}
 
 
@@ -660,10 +661,7 @@ def test_weights_that_cannot_be_had_or_used_are_one_line(tmp_path, monkeypatch):
 
 
 ROOT = Path(common.__file__).parent
-SIX = {script.__name__: script for script in (vae, ut_vae, uae, rae, iwae, wae_mmd)}
 SMALL = shlex.split("--fid none --limit-train 24 --limit-eval 10 --batch-size 8 --width 0.02 --latent-dim 4 --epochs 3")
-threadpoolctl.threadpool_limits(1)  # forked children need it, tiny nets are faster with it
-torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of started processes; all on the CPU
 
 
@@ -892,8 +890,9 @@ def test_arrays_of_one_form_are_read_and_others_refused_with_what_makes_them_rig
     for arrays, message in [
         ({"train": nine}, r"uint8 \[20, 3, 8, 8\] .*save .*x\.transpose\(0, 2, 3, 1\)"),
         ({"train": nine / 9}, r'float64 \[20, 3, 8, 8\] .*save .*\(x \* 255\)\.round\(\)\.astype\("uint8"\)'),
-        ({"train": nine[:, 0].astype(int)}, r"int64 \[20, 8, 8\] is not uint8"), ({"train": nine[:, 0, 0]}, "20, 8"),
-        ({"train": nine[:, 0] // 9}, "from 0 to 255"), ({"train": np.full((20, 8, 8, 4), 9, np.uint8)}, "20, 8, 8, 4"),
+        ({"train": nine[:, 0].astype(int)}, r'int64 \[20, 8, 8\] .*save x\.astype\("uint8"\)'),
+        ({"train": np.full((20, 8, 8, 4), 9, np.uint8)}, r"x\[\.\.\., :3"),
+        ({"train": nine[:, 0] // 9}, r"save x \* 255"), ({"train": nine[:, 0, 0]}, "20, 8"),
         ({"train": np.full((9, 8, 8), "a")}, ""), ({"train": np.array([{}])}, ""), ({"x": nine}, "train.*, not x"),
         ({"train": grey, "val": grey}, "name its arrays train, train test or train val test, not train val"),
     ]:  # fmt: skip
@@ -956,7 +955,7 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--beta inf", "--beta inf"), ("--width 0", "--width 0"), ("--gamma -1", "gamma -1"), ("--epoch 3", "epoch 3"),
         ("--limit-eval 0", "eval 0"), ("--batch-size 1", "1: give 2 to 24"), ("--batch-size 25", "25: give 2 to 24"),
         ("--limit-train 9 --batch-size 4 --fid a", "9 training.* too few"), ("--dataset notes.txt", r"s\.txt: neither"),
-        ("--dataset nosuch", "neither digits, .* nor a"), ("--dataset few.npy --batch-size 4", "0 validation images"),
+        ("--dataset nosuch", "neither digits, .* nor a"), ("--dataset few.npy", "9 training images are too few"),
         (f"--dataset {n}", "name too long"), (f"--out {n}", "name too long"), ("--out notes.txt/b", "notes.txt/b"),
         ("--dataset empty", "empty/ has no images"), ("--dataset broken", r"cannot read .*broken/003\.png"),
         ("--dataset celeba", "put the folder img_align_celeba"), ("--sigma-points best", "choice: 'best'"),
@@ -976,18 +975,18 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         refused("--gamma 1.0 weighs nothing: add --", script.arguments, ["--gamma", "1"])
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_has_the_docstrings_commands_and_the_defaults(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
-        SIX[name].main(["--help"])
+        SCRIPTS[name].main(["--help"])
     text = capsys.readouterr().out
     shades("path/to/my/images", 0, 1)
     for command in (
-        commands := re.findall(rf"^    python {name}\.py(.*?)(?:  +#.*)?$", SIX[name].__doc__, re.MULTILINE)
+        commands := re.findall(rf"^    python {name}\.py(.*?)(?:  +#.*)?$", SCRIPTS[name].__doc__, re.MULTILINE)
     ):
         assert f"python {name}.py{command}" in text and len(commands) >= 2
-        SIX[name].arguments(shlex.split(command))  # flags that it has, with values that it takes
+        SCRIPTS[name].arguments(shlex.split(command))  # flags that it has, with values that it takes
     for default in (
         "--seed .*default: 0", "--width .*default: 0.0625 for digits; 1.0 for fashion_mnist, cifar10, celeba, own im",
         "--schedule .*default: linear for digits, own images; plateau for", "--fid .*default: classifier for digits; ",
@@ -1019,9 +1018,9 @@ def test_a_run_is_named_by_its_data_the_flags_that_are_not_the_default_and_its_s
 # A run
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_trains_and_evaluates_end_to_end(name):
-    flags, script = shlex.split("--limit-train 128 --limit-eval 20 --epochs 1 --width 0.02 --fid none"), SIX[name]
+    flags, script = shlex.split("--limit-train 128 --limit-eval 20 --epochs 1 --width 0.02 --fid none"), SCRIPTS[name]
     with mock.patch.object(fid, "save_curves", fid.save_curves if name == "uae" else mock.Mock()):
         results = script.main(flags)
     folder, last, best = the_one("runs"), loaded("runs"), loaded("runs", "best.pt")
@@ -1044,7 +1043,7 @@ def test_every_script_trains_and_evaluates_end_to_end(name):
     assert error.square().mean().item() == pytest.approx(results["validation_mse"], rel=1e-3)
     other = uae if name in ("rae", "wae_mmd") else wae_mmd
     refused("is no run of the script whose nets were given: ", common.load_trained, folder, other.nets)
-    main = [Path(script.__file__).read_text().split("\ndef main(")[1] for script in SIX.values()]
+    main = [Path(script.__file__).read_text().split("\ndef main(")[1] for script in SCRIPTS.values()]
     assert len(set(main)) == 1 and "optimizer.step()" in main[0]  # so one script's run tells of all six
 
 
@@ -1056,12 +1055,12 @@ def test_the_evaluation_is_appendix_a_line_by_line(monkeypatch):
     best_is_the_second = lambda run, lr, t, v: end_epoch(run, lr, t, v | {"loss": abs(run.epoch - 1.0)})  # noqa: E731
     monkeypatch.setattr(common.Run, "end_epoch", best_is_the_second)
     monkeypatch.setattr(common.Decoder, "forward", lambda net, z, *fold: decoded.append(z) or decode(net, z, *fold))
-    flags = [
-        "--dataset",
-        "x.npz",
-        *["--limit-train", "96", "--limit-eval", "99", "--lr", "0.02", "--seed", "3", "--save-images", "--fid", "a"],
-    ]
-    results, data, features = train(*flags, script=vae), common.load_dataset("x.npz"), small_features("a")
+    flags = shlex.split("--dataset x.npz --limit-train 96 --limit-eval 99 --batch-size 32 --lr 0.02 --seed 3 --fid a")
+    results, data, features = (
+        train(*flags, "--save-images", script=vae),
+        common.load_dataset("x.npz"),
+        small_features("a"),
+    )
     folder, best, found = the_one("runs"), loaded("runs", "best.pt"), results["distances"]["a"]
     assert results["best_epoch"] == best["epoch"] == 2 and results["reference"] == "test images"
     assert results["images"] == {"train": 96, "validation": 45, "test": 50}
@@ -1262,7 +1261,7 @@ def test_importing_does_nothing_and_a_script_runs_from_elsewhere_in_a_strange_en
     """A terminal without Greek letters, a wrong backend for plots, a cluster's ranks."""
     code = f"""import contextlib, os, runpy, sys
 sys.argv = ["x", "--nosuch"]
-import common, fid, {", ".join(SIX)}
+import common, fid, {", ".join(SCRIPTS)}
 print(os.listdir())
 for flags in (["--help"], {[*SMALL, "--kappa", "1"]}):
     sys.argv = ["uae.py", *flags]
@@ -1287,10 +1286,10 @@ def test_the_readmes_lines_encode_decode_and_sample(finished):
     expected = {"x": x, "mu": encoder(x)[0], "scale": encoder(x)[1], "reconstructions": decoder(encoder(x)[0])}
     expected["samples"] = decoder(fid.sample_latents(folder, 16))
     assert all(torch.equal(names[name], value) for name, value in expected.items())
-    np.savez("mixture.npz", weights=[0.8, 0.2], means=[[5.0], [-5.0]], covariances=[[[4.0]], [[1.0]]])
+    np.savez("mixture.npz", weights=[0.8, 0.2], means=[[5.0], [-5.0]], covariances=[[[1.0]], [[1.0]]])
     z, again, other = (fid.sample_latents(".", 4000, seed) for seed in (0, 0, 1))
     assert torch.equal(z, again) and not torch.equal(z, other) and 0 < (z[:40] > 0).float().mean() < 1  # not sorted
-    assert [(z > 0).float().mean(), z[z > 0].mean(), z[z > 0].std()] == pytest.approx([0.8, 5, 2], abs=0.15)
+    assert [(z > 0).float().mean(), z[z > 0].mean(), z[z > 0].std()] == pytest.approx([0.8, 5, 1], abs=0.1)
     refused(r"nosuch/mixture\.npz", fid.sample_latents, "nosuch", 1)
 
 
@@ -1353,7 +1352,7 @@ def measured_by_a_rank():
     """All that is looked at on two ranks, in one start: what this rank saw, into rank0.pt or rank1.pt."""
     rank, seeds, log, batches = common.rank(), [], common.Run.log, common.epoch_batches
     found = {"gradients": [gradients(script) for script in (uae, wae_mmd)]}
-    args, images = uae.arguments([*SMALL, "--batch-size", "60"]), torch.arange(101, dtype=torch.uint8).view(-1, 1, 1, 1)
+    args, images = uae.arguments([*SMALL, "--batch-size", "20"]), torch.arange(101, dtype=torch.uint8).view(-1, 1, 1, 1)
     torch.manual_seed(rank)
     model = common.prepare(uae.nets(args), args, torch.device("cpu"))
     found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -1367,7 +1366,7 @@ def measured_by_a_rank():
     with common.rank_zero_first():
         time.sleep(0.3 * (rank == 0))
         found["first"] = Path("first").exists() or Path("first").touch()
-    refused("--batch-size 60 on each of 2 ranks", common.load_data, args, torch.device("cpu"))
+    refused("--batch-size 20 on each of 2 ranks", common.load_data, args, torch.device("cpu"))
 
     def stop_in_the_second_epoch(run, *parts):
         seeds.append(torch.initial_seed())
@@ -1389,7 +1388,7 @@ def test_two_ranks_train_and_evaluate_as_one_process():
     path, tests = [str(ROOT), str(Path(__file__).parent)], Path(__file__).stem
     Path("driver.py").write_text(f"import sys; sys.path[:0] = {path}; import {tests}; {tests}.measured_by_a_rank()")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "driver.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     zero, one = (torch.load(f"rank{rank}.pt") for rank in (0, 1))
     for alone, *ranks in zip(map(gradients, (uae, wae_mmd)), zero["gradients"], one["gradients"], strict=True):
