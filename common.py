@@ -438,11 +438,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False) -> Iterator[Tensor]:
-    """One epoch of float batches [B,C,H,W] in [-1,1] from uint8 images, shuffled by `seed`, the last short one dropped.
-
-    Shuffling, flipping and scaling happen on the images' device. Under torchrun every rank takes its own part of one
-    common permutation.
-    """
+    """One epoch of float batches [B,C,H,W] in [-1,1] from uint8 images, shuffled by `seed`, the last short one dropped;
+    under torchrun every rank's own part of one permutation."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[rank() :: world_size()]
     order = order[: len(images) // world_size()].to(images.device)
     for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
@@ -465,10 +462,8 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 
 def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
-    """The images below a folder as `train`, or by its folders train/ val/ test/: uint8 [N,3,size,size] each.
-
-    Raises UserError for what would be left out or pooled.
-    """
+    """The images below a folder as `train`, or by its folders train/ val/ test/: uint8 [N,3,size,size] each. Raises
+    UserError for what would be left out or pooled."""
     children = [child for child in sorted(root.iterdir()) if child.is_dir() or is_image(child)]
     splits = [name for name in ("train", "val", "test") if root / name in children]
     if splits not in ([], ["train"], ["train", "test"], ["train", "val", "test"]):
@@ -521,11 +516,8 @@ def read_image(file: Path) -> Tensor:
 
 
 def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int = 0) -> list[Tensor]:
-    """Splits of image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size] each.
-
-    They are decoded once, into a file below data_dir/decoded/ named after the files' names, sizes, times and the
-    preprocessing, and memory-mapped ever after.
-    """
+    """Splits of image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size] each,
+    decoded once into a file named after the files' names, sizes and times, and memory-mapped ever after."""
     files = [file for split in splits for file in split]
     top = Path(os.path.commonpath([file.parent for file in files])).resolve()
     with explained("cannot read all images"):
@@ -656,10 +648,7 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse, and fill in what the data set gives for flags that are not given, the run's name and its precision.
-
-    Raises UserError for what is not there, or exits with 2.
-    """
+    """Parse, and fill in what the data set gives for flags that are not given, the run's name and its precision."""
     args, script = parser.parse_args(argv), Path(parser.prog).stem
     args.data_dir, args.out = (str(Path(path).expanduser()) for path in (args.data_dir, args.out))
     data, defaults, own = args.dataset, DEFAULTS.get(args.dataset, OWN), Path(args.dataset).expanduser().resolve()
@@ -799,10 +788,7 @@ def world_size() -> int:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device by name; `auto` is CUDA, else Apple's MPS, else the CPU; under torchrun each rank has its own GPU.
-
-    Raises UserError if it is not there.
-    """
+    """The device by name; `auto` is CUDA, else Apple's MPS, else the CPU; under torchrun each rank has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and launched():
@@ -815,10 +801,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Join the other ranks under torchrun, set precision and the weights' seed, return this rank's device.
-
-    Raises UserError if the command's run is there already, without --resume.
-    """
+    """Join the other ranks under torchrun, set precision and the weights' seed, return this rank's device. Raises
+    UserError if the command's run is there already, without --resume."""
     device, folder = resolve_device(args.device), Path(args.out) / args.name
     if rank() == 0 and not args.resume and (folder / "last.pt").exists():
         raise UserError(f"{folder} is there: --resume goes on with it; --seed or --out give another")
@@ -835,8 +819,7 @@ def start(args: argparse.Namespace) -> torch.device:
 
 
 def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device: torch.device) -> nn.ModuleDict:
-    """Encoder and decoder as one model on the device, alike on all ranks, with the precision and compilation asked
-    for."""
+    """Encoder and decoder as one model on the device, alike on all ranks, in the precision asked for."""
     model = nn.ModuleDict(dict(zip(("encoder", "decoder"), nets, strict=True)))
     if any(nn.parameter.is_lazy(tensor) for tensor in model.state_dict().values()):
         raise UserError("nets(args) has a lazy layer that knows no sizes yet: run it once there")
@@ -944,7 +927,6 @@ def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namesp
 
 def learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
     """The scheduler that --schedule names; its step takes the validation loss, after each epoch.
-
     `plateau`: halved after 5 epochs without a better validation loss (Appendix A). `linear`, for runs too short for
     that: the first rate for 40% of the E epochs, S = 0.4 E, then (E - e) / (E - S) of it in epoch e.
     """
@@ -983,7 +965,6 @@ def load_trained(
 
 class Run:
     """A run's folder: args.json, metrics.csv and the checkpoints.
-
     `best.pt` (best validation loss) is a dict of `model` with the keys `encoder.…` and `decoder.…`, `epoch`, `args` and
     `loss` (the best one); `last.pt` has `optimizer`, `scheduler` and `history` (rows of metrics.csv) beside them.
     """
