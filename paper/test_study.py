@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import fid
 import rae
 import vae
@@ -111,3 +112,9 @@ def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):
         label = study.Row(row["command"], "fashion_mnist", True).label.replace("UT-VAE*-GP 2x", "UAE 2x")
         assert label in (first if row["table"] in "23" else seeds), row
     assert last.startswith(f"{len(runs)} runs to do of {len(runs)}") and study.SETTINGS["fashion_mnist"] in last
+
+
+def test_two_studies_with_one_file_of_results_are_one_too_many():
+    Path("out").mkdir()
+    with common.locked(Path("out/.results.csv.lock")), pytest.raises(UserError, match="out/ is in use by another"):
+        study.main(["--dataset", "digits", "--out", "out", "--dry-run"])
