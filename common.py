@@ -421,6 +421,8 @@ def _celeba(data_dir: Path) -> tuple[list[Tensor], None]:
         for line in partition.read_text().splitlines():
             name, split = line.split()
             splits[int(split)].append(folder / name)
+        if not all(splits):
+            raise UserError("one of 0 (training), 1 (validation), 2 (test) has no images")
     return decode_images(splits, 64, data_dir, crop=148), None
 
 

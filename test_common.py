@@ -808,6 +808,8 @@ def test_celeba_is_decoded_once_by_its_partition(monkeypatch):
     refused(r"put .*img_align_celeba/ and list_eval_partition\.txt into data/celeba/", common.load_dataset, "celeba")
     partition.write_text("0.jpg 7\n")
     refused(r"partition\.txt needs lines '<file name> <0\|1\|2>'", common.load_dataset, "celeba")
+    partition.write_text("0.jpg 0\n1.jpg 2\n")
+    refused("1 .validation.* has no images", common.load_dataset, "celeba")
     partition.write_text("\n".join(lines))
     data = common.load_dataset("celeba")
     for split, each in zip(data, "012", strict=True):

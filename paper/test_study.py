@@ -117,4 +117,4 @@ def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):
 def test_two_studies_with_one_file_of_results_are_one_too_many():
     Path("out").mkdir()
     with common.locked(Path("out/.results.csv.lock")), pytest.raises(UserError, match="out/ is in use by another"):
-        study.main(["--dataset", "digits", "--out", "out", "--dry-run"])
+        study.main(["--dataset", "digits", "--seeds", "0", "--out", "out", "--dry-run"])
