@@ -13,6 +13,7 @@ import copy
 import csv
 import ctypes
 import functools
+import glob
 import gzip
 import hashlib
 import io
@@ -446,10 +447,9 @@ def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False
     order = order[: len(images) // world_size()].to(images.device)
     for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
         x = images.index_select(0, batch)  # on a CPU many times as fast as images[batch]
-        if flip:  # one of each image and its mirror image
-            coins = torch.randint(2, (len(x),), device=x.device)
-            either = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)  # [2B,C,H,W]
-            x = either.index_select(0, torch.arange(0, 2 * len(x), 2, device=x.device) + coins)
+        if flip:
+            mirrored = torch.randint(2, (len(x), 1, 1, 1), device=x.device) == 1
+            x = torch.where(mirrored, x.flip(-1), x)
         yield to_float(x)
 
 
@@ -483,18 +483,16 @@ def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
 
 def is_image(file: Path) -> bool:
     """Whether PIL opens files of this name."""
-    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN and not file.name.startswith(".")
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
 
 
 def image_files(folder: Path) -> list[Path]:
     """All image files below a folder, sorted by name, hidden ones left out. Raises UserError if there are none."""
-    files = []
-    for top, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [file for name in names if is_image(file := Path(top, name))]
+    below = glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True)  # links are followed
+    files = sorted(file for file in map(Path, below) if is_image(file))
     if not files:
         raise UserError(f"{folder}/ has no images that PIL opens (of a hub's tables make an .npz: README, Data)")
-    return sorted(files)
+    return files
 
 
 def read_image(file: Path) -> Tensor:
@@ -549,19 +547,13 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
 def to_images(x: np.ndarray) -> Tensor:
     """uint8 [N,H,W] or [N,H,W,1 or 3] -> RGB [N,3,H,W]. Raises UserError with what makes it of others."""
     channels = x.shape[3] if x.ndim == 4 else 1
-    if x.dtype == np.uint8 and x.ndim in (3, 4) and channels in (1, 3) and x.max(initial=0) > 1:
-        x = np.broadcast_to(x.reshape(*x.shape[:3], channels), (*x.shape[:3], 3))
-        return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
-    mends = [
-        (x.dtype.kind == "f", '(x * 255).round().astype("uint8"), of values in [0,1]'),
-        (x.dtype != np.uint8, 'x.astype("uint8"), of values in 0..255'),
-        (x.max(initial=0) <= 1, "x * 255, of 0 and 1"),
-        (x.ndim == 4 and x.shape[1] in (1, 3), "x.transpose(0, 2, 3, 1)"),
-        (x.ndim == 4, "x[..., :3]"),
-        (True, "x.reshape(-1, H, W, 3)"),
-    ]
-    how = next(expression for fits, expression in mends if fits)
-    raise UserError(f"{x.dtype} {list(x.shape)} is not uint8 [N,H,W] or [N,H,W,3] from 0 to 255: save {how}")
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or channels not in (1, 3) or x.max(initial=0) <= 1:
+        raise UserError(
+            f"{x.dtype} {list(x.shape)} is not uint8 [N,H,W] or [N,H,W,3] from 0 to 255: save "
+            '(x * 255).round().astype("uint8") of values in [0,1], x.transpose(0, 2, 3, 1) of channels first'
+        )
+    x = np.broadcast_to(x.reshape(*x.shape[:3], channels), (*x.shape[:3], 3))
+    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
 def hold_out(images: dict[str, Tensor]) -> list[Tensor]:

@@ -431,8 +431,28 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
         run.model.load_state_dict(best["model"])
     run.model.eval()
     images, pairs = generate(run, data)
-    error = common.to_float(images["reconstruction"]) - common.to_float(data.val.cpu())
-    crop = 148 if args.data == "celeba" else "square"
+    results = describe(run, data, images["reconstruction"], best)
+    same = earlier_distances(run.dir / "results.json", results)
+    results["distances"] = same | distances(features, images, data.test, args.fid_method)
+    modules = {"torch": torch, "torchvision": torchvision, "scipy": scipy}
+    results |= {"versions": {name: module.__version__ for name, module in modules.items()}, "args": vars(args)}
+    save_grids(run.dir, images, data.val, pairs)
+    for kind, shown in (images | {"test": data.test}).items() if args.save_images else ():
+        save_arrays(run.dir / f"{kind}.npz", arr_0=shown.permute(0, 2, 3, 1).cpu().numpy())  # as other tools read them
+    with common.replacing(run.dir / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1))
+    print_results(results, run.dir)
+    try:
+        save_curves(run)
+    except Exception as error:  # of matplotlib, whatever its settings: the results are there
+        common.note(f"curves.png was not drawn: {error}")
+    return results
+
+
+def describe(run: common.Run, data: common.Dataset, reconstructions: Tensor, best: dict) -> dict:
+    """All results but the distances: what was trained and how it is measured, the error, the posteriors' variances."""
+    args, crop = run.args, 148 if run.args.data == "celeba" else "square"
+    error = common.to_float(reconstructions) - common.to_float(data.val.cpu())
     results = {
         "model": args.label,
         "data": args.data,
@@ -450,20 +470,6 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
         variance = common.variances(posterior[1]).mean(0)  # of each dimension over 1000 posteriors [n]
         results["mean_variance"] = variance.mean().item()
         results["collapsed_dimensions"] = int((variance > COLLAPSED).sum())
-    same = earlier_distances(run.dir / "results.json", results)
-    modules = {"torch": torch, "torchvision": torchvision, "scipy": scipy}
-    results["distances"] = same | distances(features, images, data.test, args.fid_method)
-    results |= {"versions": {name: module.__version__ for name, module in modules.items()}, "args": vars(args)}
-    save_grids(run.dir, images, data.val, pairs)
-    for kind, shown in (images | {"test": data.test}).items() if args.save_images else ():
-        save_arrays(run.dir / f"{kind}.npz", arr_0=shown.permute(0, 2, 3, 1).cpu().numpy())  # as other tools read them
-    with common.replacing(run.dir / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1))
-    print_results(results, run.dir)
-    try:
-        save_curves(run)
-    except Exception as error:  # of matplotlib, whatever its settings: the results are there
-        common.note(f"curves.png was not drawn: {error}")
     return results
 
 
