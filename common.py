@@ -443,8 +443,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False) -> Iterator[Tensor]:
     """One epoch of float batches [B,C,H,W] in [-1,1] from uint8 images, shuffled by `seed`, the last short one dropped;
     under torchrun every rank's own part of one permutation."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[rank() :: world_size()]
-    order = order[: len(images) // world_size()].to(images.device)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[RANK::WORLD_SIZE]
+    order = order[: len(images) // WORLD_SIZE].to(images.device)
     for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
         x = images.index_select(0, batch)  # on a CPU many times as fast as images[batch]
         if flip:
@@ -455,7 +455,7 @@ def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False
 
 def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
     """This rank's part of the images in float batches, in order, the last short one included."""
-    for batch in images[rank() :: world_size()].split(batch_size):
+    for batch in images[RANK::WORLD_SIZE].split(batch_size):
         yield to_float(batch)
 
 
@@ -658,10 +658,10 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
             setattr(args, flag, default)
         elif value != default and flag not in UNNAMED:
             name.append(flag.replace("_", "") + ("" if value is True else str(value)))
-    args.script, args.data, args.ranks = script, data, world_size()
+    args.script, args.data, args.ranks = script, data, WORLD_SIZE
     args.name = "-".join(name).encode()[:200].decode(errors="ignore") + f"-seed{args.seed}"
     args.channels, args.flip = defaults["channels"], defaults["flip"]
-    command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if launched() else ["python"]
+    command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if LAUNCHED else ["python"]
     again = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--resume"]
     args.command = shlex.join([*command, parser.prog, *again, "--resume"])
     device = resolve_device(args.device)
@@ -739,7 +739,7 @@ def cli(main) -> None:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise
-        print(f"{Path(sys.argv[0]).name}{f' (rank {rank()})' * (rank() > 0)}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -758,6 +758,9 @@ def keep_memory() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks (torchrun), device, precision, random streams
 
+# Whether torchrun started this process (WORLD_SIZE alone says nothing: clusters export it everywhere)
+LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
+RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if LAUNCHED else (0, 1)
 STREAMS = ("weights", "noise", "shuffle", "validation", "mixture", "pairs")
 
 
@@ -766,31 +769,16 @@ def stream_seed(seed: int, purpose: str, rank: int = 0, epoch: int = 0) -> int:
     return int(np.random.SeedSequence([seed, STREAMS.index(purpose), rank, epoch]).generate_state(1)[0])
 
 
-def launched() -> bool:
-    """Whether torchrun started this process. (WORLD_SIZE alone says nothing: clusters export it everywhere.)"""
-    return dist.is_available() and dist.is_torchelastic_launched()
-
-
-def rank() -> int:
-    """This process's number under torchrun, else 0."""
-    return int(os.environ["RANK"]) if launched() else 0
-
-
-def world_size() -> int:
-    """How many processes torchrun started, else 1."""
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
-
-
 def resolve_device(name: str) -> torch.device:
     """The device by name; `auto` is CUDA, else Apple's MPS, else the CPU; under torchrun each rank has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and launched():
+    if name == "cuda" and LAUNCHED:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with explained(f"--device {name} cannot be used (choose auto, cuda, mps or cpu)"):
         device = torch.empty(0, device=name).device
-        if device.type not in ("cuda", "mps", "cpu") or (device.type == "mps" and launched()):
-            raise ValueError("not supported" + " under torchrun" * launched())
+        if device.type not in ("cuda", "mps", "cpu") or (device.type == "mps" and LAUNCHED):
+            raise ValueError("not supported" + " under torchrun" * LAUNCHED)
         return device
 
 
@@ -798,11 +786,11 @@ def start(args: argparse.Namespace) -> torch.device:
     """Join the other ranks under torchrun, set precision and the weights' seed, return this rank's device. Raises
     UserError if the command's run is there already, without --resume."""
     device, folder = resolve_device(args.device), Path(args.out) / args.name
-    if rank() == 0 and not args.resume and (folder / "last.pt").exists():
+    if RANK == 0 and not args.resume and (folder / "last.pt").exists():
         raise UserError(f"{folder} is there: --resume goes on with it; --seed or --out give another")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if launched() and not dist.is_initialized():
+    if LAUNCHED and not dist.is_initialized():
         backend = dist.get_default_backend_for_device(device)
         wait = timedelta(hours=6)  # as long as a slow download may take
         dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
@@ -850,10 +838,10 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
 @contextmanager
 def rank_zero_first():
     """Rank 0 goes through the block (downloading, caching) before the others do."""
-    if dist.is_initialized() and rank() > 0:
+    if dist.is_initialized() and RANK > 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and rank() == 0:
+    if dist.is_initialized() and RANK == 0:
         dist.barrier()
 
 
@@ -863,7 +851,7 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
     if dist.is_initialized():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, flat.div_(world_size()).split([t.numel() for t in tensors]), strict=True):
+        for tensor, mean in zip(tensors, flat.div_(WORLD_SIZE).split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
 
@@ -876,14 +864,14 @@ def average_gradients(model: nn.Module) -> None:
 def validating(model: nn.Module, seed: int):
     """Evaluation mode, no gradients, and the same noise every time."""
     average_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])  # batch norm's statistics
-    torch.manual_seed(stream_seed(seed, "validation", rank()))
+    torch.manual_seed(stream_seed(seed, "validation", RANK))
     with eval_mode(model), torch.no_grad():
         yield
 
 
 def progress(description: str, total: int, items=None) -> tqdm:
     """A progress bar over images, on rank 0 and on a terminal only."""
-    return tqdm(items, desc=description, total=total, unit="img", leave=False, disable=rank() > 0 or None)
+    return tqdm(items, desc=description, total=total, unit="img", leave=False, disable=RANK > 0 or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -971,16 +959,16 @@ class Run:
         self.epoch, self.best, self.history = 0, math.inf, []  # epochs done, best validation loss, rows of metrics.csv
         self.logged = []  # [(parts of the loss, images)] since the last call of `means`
         self.started, self.speed = time.perf_counter(), 0.0  # of the epoch; training images/s
-        state = [self._open() if rank() == 0 else None]
+        state = [self._open() if RANK == 0 else None]
         if dist.is_initialized():
             dist.broadcast_object_list(state)
         if state[0]:
             for name in ("model", "optimizer", "scheduler"):
                 getattr(self, name).load_state_dict(state[0][name])
             self.epoch, self.best, self.history = (state[0][name] for name in ("epoch", "loss", "history"))
-        elif rank() == 0:
+        elif RANK == 0:
             self._save(improved=True)  # from here on there is always a checkpoint to resume from
-        if rank() == 0:
+        if RANK == 0:
             if self.epoch < args.epochs or not state[0]:
                 with replacing(self.dir / "args.json") as temporary:
                     temporary.write_text(json.dumps(vars(args), indent=1))
@@ -1014,7 +1002,7 @@ class Run:
     def batches(self) -> Iterator[Tensor]:
         """An epoch of this rank's training batches, with its own noise, under a progress bar of all ranks' images."""
         args, images = self.args, self.data.train
-        torch.manual_seed(stream_seed(args.seed, "noise", rank(), self.epoch))
+        torch.manual_seed(stream_seed(args.seed, "noise", RANK, self.epoch))
         shuffle = stream_seed(args.seed, "shuffle", epoch=self.epoch)  # the same on all ranks
         self.started, done = time.perf_counter(), 0
         with progress(f"epoch {self.epoch + 1}/{args.epochs}", len(images)) as bar:
@@ -1058,7 +1046,7 @@ class Run:
         self.history.append(row | {"seconds": time.perf_counter() - self.started, "images_per_s": self.speed})
         improved = validation["loss"] < self.best
         self.best = min(self.best, validation["loss"])
-        if rank() == 0:
+        if RANK == 0:
             self._save(improved)
             left = (self.args.epochs - self.epoch) * statistics.median(row["seconds"] for row in self.history)
             print(

@@ -424,7 +424,7 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
     """
     if dist.is_initialized():
         dist.destroy_process_group()  # the other ranks are done
-    if common.rank() > 0:
+    if common.RANK > 0:
         return {}
     args, best = run.args, common.load_checkpoint(run.dir / "best.pt")
     with common.explained(f"cannot read {run.dir / 'best.pt'}"):

@@ -1181,7 +1181,7 @@ def gradients(script):
     """Of a batch of 16 images over all ranks, batch norm in evaluation mode, noise that is no matter of rank."""
     device = common.start(args := script.arguments([*SMALL, *(["--k", "9", "--gamma", "0"] * (script is uae))]))
     model = common.prepare(script.nets(args), args, device).eval().double()
-    (x,) = common.epoch_batches(common.load_dataset("digits").train[:16], 16 // common.world_size(), seed=3)
+    (x,) = common.epoch_batches(common.load_dataset("digits").train[:16], 16 // common.WORLD_SIZE, seed=3)
     with mock.patch.object(torch, "randn_like", lambda z: torch.linspace(-1, 1, z.numel()).double().view_as(z)):
         script.loss(*model.values(), x.double(), args)["loss"].backward()
     common.average_gradients(model)
@@ -1190,7 +1190,7 @@ def gradients(script):
 
 def measured_by_a_rank():
     """All that is looked at on two ranks, in one start: what this rank saw, into rank0.pt or rank1.pt."""
-    rank, seeds, log, batches = common.rank(), [], common.Run.log, common.epoch_batches
+    rank, seeds, log, batches = common.RANK, [], common.Run.log, common.epoch_batches
     found = {"gradients": [gradients(script) for script in (uae, wae_mmd)]}
     args, images = uae.arguments([*SMALL, "--batch-size", "20"]), torch.arange(101, dtype=torch.uint8).view(-1, 1, 1, 1)
     torch.manual_seed(rank)

@@ -56,7 +56,7 @@ def mmd(z: Tensor, p: Tensor, kernel: str = "imq") -> Tensor:
 
 def gather(x: Tensor) -> Tensor:
     """In training the rows of x [B,...] of all ranks, [B·ranks,...], differentiable; elsewhere x itself."""
-    if common.world_size() == 1 or not torch.is_grad_enabled():
+    if common.WORLD_SIZE == 1 or not torch.is_grad_enabled():
         return x
     return torch.cat(all_gather(x))
 

@@ -116,7 +116,7 @@ def arguments(argv: list[str] | None = None) -> list[Namespace]:
     for flag in (flag for flag in REFUSED if flag in [each.partition("=")[0] for each in rest]):
         why = "give --seeds" if flag == "--seed" else "this starts anew, and measures gradients, not images"
         raise UserError(f"{flag} is not for paper.gradient_noise: {why}")
-    if common.launched():
+    if common.LAUNCHED:
         raise UserError("paper.gradient_noise runs in one process, without torchrun")
     flags = ["--k", "2", "--sigma-points", "pairs", *rest]
     return [ut_vae.arguments([*flags, "--seed", str(seed)]) for seed in ours.seeds]
