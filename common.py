@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as image_ops
 from tqdm import tqdm
@@ -77,12 +77,7 @@ def sigma_points(mu: Tensor, scale: Tensor, kappa: float = 0.5) -> Tensor:
 
 
 def sample_sigma_points(
-    mu: Tensor,
-    scale: Tensor,
-    k: int,
-    heuristic: str = "random",
-    kappa: float = 0.5,
-    generator: torch.Generator | None = None,
+    mu: Tensor, scale: Tensor, k: int, heuristic: str = "random", kappa: float = 0.5, generator: Generator | None = None
 ) -> Tensor:
     """K of the 2n+1 sigma points, drawn without replacement and independently for each image (Eq. 9, Appendix C).
 
@@ -115,7 +110,7 @@ def sample_sigma_points(
     return mu.unsqueeze(1) + offsets  # [B,K,n]
 
 
-def sample_gaussian(mu: Tensor, scale: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+def sample_gaussian(mu: Tensor, scale: Tensor, k: int, generator: Generator | None = None) -> Tensor:
     """K reparameterised samples z = mu + L ε, ε ~ N(0, I) (Eq. 4): mu [B,n], scale [B,n] or L [B,n,n] -> [B,K,n]."""
     noise = torch.randn(mu.shape[0], k, mu.shape[1], device=mu.device, dtype=mu.dtype, generator=generator)
     return mu.unsqueeze(1) + (noise * scale.unsqueeze(1) if scale.dim() == 2 else noise @ scale.mT)  # [B,K,n]
@@ -163,7 +158,7 @@ def largest_variance(scale: Tensor) -> Tensor:
 
 
 def gradient_penalty(
-    decoder: nn.Module, mu: Tensor, generator: torch.Generator | None = None, fold: tuple[Tensor, Tensor] | None = None
+    decoder: nn.Module, mu: Tensor, generator: Generator | None = None, fold: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian at mu (Eq. 12, 16).
 
@@ -214,7 +209,7 @@ class Encoder(nn.Module):
             convolution = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)  # batch norm has the bias
             layers += [convolution, nn.BatchNorm2d(c_out), nn.LeakyReLU(inplace=True)]
         self.layers = nn.Sequential(*layers)
-        self.features = hidden[-1] * math.ceil(image_size / 64) ** 2
+        self.features = hidden[-1]  # 32×32 and 64×64 images end as 1×1
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_size(x.shape[-1], (self.image_size,))
@@ -232,17 +227,14 @@ class GaussianHead(nn.Module):
         super().__init__()
         self.mu = nn.Linear(features, latent_dim)
         self.logvar = nn.Linear(features, latent_dim)  # log σ²
-        self.correlation = None
-        if covariance == "full":
-            self.correlation = nn.Linear(features, latent_dim * (latent_dim - 1) // 2)
-            self.register_buffer("below", torch.tril_indices(latent_dim, latent_dim, -1), persistent=False)
+        self.correlation = nn.Linear(features, latent_dim * (latent_dim - 1) // 2) if covariance == "full" else None
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         mu = self.mu(features)
         sigma = (0.5 * self.logvar(features).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)).exp()
         if self.correlation is None:
             return mu, sigma
-        row, column = self.below  # row-major lower triangle
+        row, column = torch.tril_indices(mu.shape[1], mu.shape[1], -1, device=mu.device)  # row-major lower triangle
         L = torch.diag_embed(sigma)
         L[:, row, column] = torch.tanh(self.correlation(features)) * sigma[:, row] * sigma[:, column]  # footnote 7
         return mu, L
@@ -262,8 +254,7 @@ class Decoder(nn.Module):
     def __init__(self, latent_dim: int, channels: int, image_size: int, width: float = 1.0) -> None:
         super().__init__()
         check_image_size(image_size)
-        stages = 2 if image_size == 32 else 3
-        hidden = [max(1, round(width * c)) for c in (1024, 512, 256, 128)[: stages + 1]]
+        hidden = [max(1, round(width * c)) for c in (1024, 512, 256, 128)[: 3 if image_size == 32 else 4]]
         self.linear = nn.Linear(latent_dim, hidden[0] * 8 * 8)
         self.first = nn.ConvTranspose2d(hidden[0], hidden[1], 4, stride=2, padding=1, bias=False)
         layers = [nn.BatchNorm2d(hidden[1]), nn.LeakyReLU(inplace=True)]
@@ -304,10 +295,8 @@ class Decoder(nn.Module):
         """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z (forward-mode differentiation), in evaluation mode.
 
         torch's own forward mode would convolve every layer's input with a derivative of the weights that is zero, and
-        fails in batch norm under autocast. Raises ValueError in training mode.
+        fails in batch norm under autocast.
         """
-        if self.training:
-            raise ValueError("Decoder.jvp is the derivative in evaluation mode: call decoder.eval() first")
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
             for layer in self.rest:
@@ -455,8 +444,7 @@ def epoch_batches(images: Tensor, batch_size: int, seed: int, flip: bool = False
 
 def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
     """This rank's part of the images in float batches, in order, the last short one included."""
-    for batch in images[RANK::WORLD_SIZE].split(batch_size):
-        yield to_float(batch)
+    return map(to_float, images[RANK::WORLD_SIZE].split(batch_size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,8 +508,7 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
     decoded once into a file named after the files' names, sizes and times, and memory-mapped ever after."""
     files = [file for split in splits for file in split]
     top = Path(os.path.commonpath([file.parent for file in files])).resolve()
-    with explained("cannot read all images"):
-        known = [(os.path.relpath(file, top), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = [(os.path.relpath(file, top), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((known, size, crop, "v2")).encode()).hexdigest()[:16]  # v2: of read_image
     cache = data_dir / "decoded" / f"{top.name[:40]}-{size}-{key}.npy"
     if not cache.exists():
@@ -558,10 +545,8 @@ def to_images(x: np.ndarray) -> Tensor:
 
 def hold_out(images: dict[str, Tensor]) -> list[Tensor]:
     """Training, validation and test images; what is not given is a tenth of the training images, the same on every
-    machine. Raises UserError if that is none."""
+    machine."""
     train, missing = images["train"], [name for name in ("val", "test") if name not in images]
-    if missing and len(train) < 10:
-        raise UserError(f"{len(train)} training images are too few to hold out a tenth of them")
     if missing:
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
     for name in missing:
@@ -642,14 +627,13 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse, and fill in what the data set gives for flags that are not given, the run's name and its precision."""
+    """Parse, and fill in what the data set gives for flags that are not given, and the run's name."""
     args, script = parser.parse_args(argv), Path(parser.prog).stem
     args.data_dir, args.out = (str(Path(path).expanduser()) for path in (args.data_dir, args.out))
     data, defaults, own = args.dataset, DEFAULTS.get(args.dataset, OWN), Path(args.dataset).expanduser().resolve()
     if defaults is OWN:
         if not own.is_dir() and not (own.suffix in (".npy", ".npz") and own.is_file()):
-            known = ", ".join(DEFAULTS)
-            raise UserError(f"--dataset {data}: neither {known} nor a folder, .npy or .npz that is there")
+            raise UserError(f"--dataset {data}: neither {', '.join(DEFAULTS)} nor a folder, .npy or .npz that is there")
         args.dataset, data = str(own), f"own-{own.stem}"  # found from anywhere
     name = [script, data]
     for flag, value in list(vars(args).items()):
@@ -664,11 +648,6 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if LAUNCHED else ["python"]
     again = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--resume"]
     args.command = shlex.join([*command, parser.prog, *again, "--resume"])
-    device = resolve_device(args.device)
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    args.precision = args.precision or ("bf16" if native else "fp32")
-    if (args.precision, device.type) in (("tf32", "cpu"), ("tf32", "mps"), ("bf16", "mps")):
-        raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
     return args
 
 
@@ -715,10 +694,8 @@ def locked(path: Path):
     with suppress(ImportError):
         import fcntl  # not on Windows
 
-        try:
+        with explained(f"{path.parent}/ is in use by another process, wait for it or end it"):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path.parent}/ is in use by another process: wait for it, or end it") from None
     return file
 
 
@@ -784,10 +761,12 @@ def resolve_device(name: str) -> torch.device:
 
 def start(args: argparse.Namespace) -> torch.device:
     """Join the other ranks under torchrun, set precision and the weights' seed, return this rank's device. Raises
-    UserError if the command's run is there already, without --resume."""
-    device, folder = resolve_device(args.device), Path(args.out) / args.name
-    if RANK == 0 and not args.resume and (folder / "last.pt").exists():
-        raise UserError(f"{folder} is there: --resume goes on with it; --seed or --out give another")
+    UserError for a device or a precision that is not there."""
+    device = resolve_device(args.device)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.precision = args.precision or ("bf16" if native else "fp32")
+    if (args.precision, device.type) in (("tf32", "cpu"), ("tf32", "mps"), ("bf16", "mps")):
+        raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if LAUNCHED and not dist.is_initialized():
@@ -819,19 +798,18 @@ def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device:
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
-    """The data set of a run's arguments on the device. Raises UserError if it has too few images for a batch."""
+    """The data set of a run's arguments on the device. Raises UserError if it has too few images."""
     with rank_zero_first():
         data = load_dataset(args.dataset, args.data_dir, args.image_size)
     limits = args.limit_train, args.limit_eval, args.limit_eval
     data = Dataset(*(split[:limit].to(device) for split, limit in zip(data, limits, strict=True)))
     args.images = [len(split) for split in data]
-    ranks = f" on each of {args.ranks} ranks" if args.ranks > 1 else ""
-    if not 2 <= args.batch_size <= len(data.train) // args.ranks:
-        raise UserError(
-            f"--batch-size {args.batch_size}{ranks}: give 2 to {len(data.train) // args.ranks}, its training images"
-        )
-    if len(data.val) < args.ranks:
-        raise UserError(f"{len(data.val)} validation images are too few for {args.ranks} ranks")
+    if min(args.images) < args.ranks:
+        found = "{} training, {} validation and {} test images".format(*args.images)
+        raise UserError(f"{found}: give at least {args.ranks} of each, or 10 of which a tenth is held out")
+    most = len(data.train) // args.ranks
+    if not 2 <= args.batch_size <= most:
+        raise UserError(f"--batch-size {args.batch_size}: give 2 to {most}, the training images of each rank")
     return data
 
 
@@ -877,9 +855,8 @@ def progress(description: str, total: int, items=None) -> tqdm:
 # ---------------------------------------------------------------------------------------------------------------------
 # A run: its folder, its checkpoints, its metrics
 
-# Arguments that may differ from those of the run that --resume goes on with; the second set, once all epochs are done
+# Arguments that may differ from those of the run that --resume goes on with
 MAY_DIFFER = UNNAMED - {"seed"} | {"command"}
-MAY_DIFFER_AT_THE_END = MAY_DIFFER | {"precision", "ranks"}
 
 
 def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namespace) -> None:
@@ -908,14 +885,12 @@ def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namesp
 
 
 def learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
-    """The scheduler that --schedule names; its step takes the validation loss, after each epoch.
-    `plateau`: halved after 5 epochs without a better validation loss (Appendix A). `linear`, for runs too short for
-    that: the first rate for 40% of the E epochs, S = 0.4 E, then (E - e) / (E - S) of it in epoch e.
-    """
-    if args.schedule == "plateau":
+    """The scheduler that --schedule names; its step takes the validation loss, after each epoch. `linear`, for runs too
+    short for the paper's rule: the first rate for S = 0.4 E epochs, then (E - e) / (E - S) of it in epoch e."""
+    if args.schedule == "plateau":  # halved after 5 epochs without a better validation loss (Appendix A)
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=0)
-    E = args.epochs
-    return Linear(optimizer, lambda epoch: min(1, (E - epoch) / (E - 0.4 * E)) if E else 1)
+    E = max(args.epochs, 1)
+    return Linear(optimizer, lambda epoch: min(1, (E - epoch) / (E - 0.4 * E)))
 
 
 class Linear(torch.optim.lr_scheduler.LambdaLR):
@@ -969,13 +944,9 @@ class Run:
         elif RANK == 0:
             self._save(improved=True)  # from here on there is always a checkpoint to resume from
         if RANK == 0:
-            if self.epoch < args.epochs or not state[0]:
-                with replacing(self.dir / "args.json") as temporary:
-                    temporary.write_text(json.dumps(vars(args), indent=1))
-                print(f"stopped, it goes on by: {args.command}")
-            ranks = f" on {args.ranks} ranks" if args.ranks > 1 else ""
+            print(f"stopped, it goes on by: {args.command}")
             print("{}: {} training, {} validation and {} test images".format(args.data, *args.images))
-            print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/", flush=True)
+            print(f"{args.script}.py on {args.ranks}x {self.device}, {args.precision}, in {self.dir}/", flush=True)
 
     def _open(self) -> dict | None:
         """Make the folder this process's own; the last checkpoint in it, or None. Raises UserError for another's."""
@@ -985,18 +956,19 @@ class Run:
         Run.lock = locked(self.dir / ".lock")
         for leftover in self.dir.glob(".tmp-*"):  # of a killed run
             leftover.unlink()
-        if not (self.dir / "last.pt").exists():
+        last = self.dir / "last.pt"
+        if not last.exists():
             return None
-        state = load_checkpoint(self.dir / "last.pt")
-        with explained(f"{self.dir / 'last.pt'} is no checkpoint of this script"):
+        if not self.args.resume:
+            raise UserError(f"{self.dir} is there: --resume goes on with it; --seed or --out give another")
+        state = load_checkpoint(last)
+        with explained(f"cannot go on with {last}"):
             now, then = vars(self.args), state["args"]
-            may_differ = MAY_DIFFER_AT_THE_END if state["epoch"] >= now["epochs"] else MAY_DIFFER
-            names = sorted((now.keys() | then.keys()) - may_differ)
-            differ = [
-                f"{name} is {now.get(name)}, was {then.get(name)}" for name in names if now.get(name) != then.get(name)
-            ]
-        if differ:
-            raise UserError(f"{self.dir} cannot go on with other arguments ({'; '.join(differ)}): give another --out")
+            may_differ = MAY_DIFFER | ({"precision", "ranks"} if state["epoch"] >= now["epochs"] else set())
+            names = [n for n in sorted((now.keys() | then.keys()) - may_differ) if now.get(n) != then.get(n)]
+            if names:
+                differ = "; ".join(f"{name} is {now.get(name)}, was {then.get(name)}" for name in names)
+                raise UserError(f"other arguments ({differ}), give another --out")
         return state
 
     def batches(self) -> Iterator[Tensor]:
@@ -1056,15 +1028,16 @@ class Run:
             )
 
     def _save(self, improved: bool) -> None:
-        """Write metrics.csv, best.pt if the epoch was the best, and last.pt; from last.pt, which comes last, the others
-        can be made again."""
+        """Write args.json, metrics.csv, best.pt if the epoch was the best, and last.pt; from last.pt, which comes last,
+        the others can be made again."""
         best = {"model": self.model.state_dict(), "epoch": self.epoch, "args": vars(self.args), "loss": self.best}
         last = best | {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
+        with replacing(self.dir / "args.json") as temporary:
+            temporary.write_text(json.dumps(vars(self.args), indent=1))
         if self.history:
             write_csv(self.dir / "metrics.csv", self.history)
-        for name, state in {"best.pt": best, "last.pt": last | {"history": self.history}}.items():
-            if improved or name == "last.pt":
-                content = io.BytesIO()  # torch.save to a full disk is a RuntimeError, as a bug would be
-                torch.save(state, content)
-                with replacing(self.dir / name) as temporary:
-                    temporary.write_bytes(content.getbuffer())
+        for name, state in [("best.pt", best)] * improved + [("last.pt", last | {"history": self.history})]:
+            content = io.BytesIO()  # torch.save to a full disk is a RuntimeError, as a bug would be
+            torch.save(state, content)
+            with replacing(self.dir / name) as temporary:
+                temporary.write_bytes(content.getbuffer())

