@@ -1148,6 +1148,7 @@ def forked(*flags):
         log = os.open("log.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         sync, sys.stdout, sys.stderr = os.fsync, *(os.fdopen(os.dup2(log, number), "w") for number in (1, 2))
         os.fsync = lambda file: time.sleep(0.1) or sync(file)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         common.cli(lambda: uae.main([*SMALL, *flags]))
 
     rows = lambda: sum(len(file.read_text().splitlines()) for file in Path("runs").glob("*/metrics.csv"))  # noqa: E731
