@@ -476,7 +476,7 @@ def is_image(file: Path) -> bool:
 
 def image_files(folder: Path) -> list[Path]:
     """All image files below a folder, sorted by name, hidden ones left out. Raises UserError if there are none."""
-    below = glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True)  # links are followed
+    below = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)  # links are followed
     files = sorted(file for file in map(Path, below) if is_image(file))
     if not files:
         raise UserError(f"{folder}/ has no images that PIL opens (of a hub's tables make an .npz: README, Data)")
@@ -944,9 +944,10 @@ class Run:
         elif RANK == 0:
             self._save(improved=True)  # from here on there is always a checkpoint to resume from
         if RANK == 0:
-            print(f"stopped, it goes on by: {args.command}")
+            print(f"if it is stopped, it goes on by: {args.command}")
             print("{}: {} training, {} validation and {} test images".format(args.data, *args.images))
-            print(f"{args.script}.py on {args.ranks}x {self.device}, {args.precision}, in {self.dir}/", flush=True)
+            ranks = f" ({args.ranks} ranks)" * (args.ranks > 1)
+            print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/", flush=True)
 
     def _open(self) -> dict | None:
         """Make the folder this process's own; the last checkpoint in it, or None. Raises UserError for another's."""
