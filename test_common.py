@@ -1021,7 +1021,7 @@ def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(schedule, rates, 
             patch.setattr(common.Run, "log", lambda run, *parts, stop=stop: stop("step") or log(run, *parts))
             patch.setattr(os, "replace", lambda a, b, stop=stop: stop(Path(b).name) or replace(a, b))
             train(*flags, "--out", out)
-        printed = re.findall(r"goes on by: python uae.py (.*)", capsys.readouterr().out)
+        printed = re.findall(r"goes on by: python uae.py (.*)\n.*\nuae.py on cpu, fp32, in", capsys.readouterr().out)
         assert len(printed) == (count > 1) and not list(Path(out).glob("*/.tmp*"))
         train(*(shlex.split(printed[0])[len(SMALL) :] if printed else [*flags, "--out", out, "--resume"]))
         assert record(out) == record("whole")
