@@ -1,7 +1,7 @@
 """What the paper claims and what the study saw: paired differences with intervals, and rank correlations, in Markdown.
 
     python -m paper.claims paper/results/fashion_mnist.csv                       # all parts
-    python -m paper.claims paper/results/fashion_mnist.csv --part summary        # the first pair of each main claim
+    python -m paper.claims paper/results/fashion_mnist.csv --part summary        # one pair a claim, reconstructions
 
 A claim is about pairs of rows. Their difference, paired by seed, has a 95 % interval of Student's t; it is *seen* if it
 leaves 0 on the side where the paper's own numbers for that data set are, *opposite* on the other side, else *open*. The
@@ -199,14 +199,15 @@ def count(comparisons: list[Comparison]) -> str:
 
 
 def claims_table(comparisons: list[Comparison], groups: dict[str, list[str]], dataset: str, first: bool = False) -> str:
-    """A row for each pair; or, with `first`, one for each claim: its first pair, and the verdicts of all its pairs."""
-    rows = []
+    """A row for each pair; or, with `first`, one a claim: the reconstructions of its first pair, all verdicts."""
+    rows, kinds = [], 1 if first else len(KINDS)
+    groups = {name: columns[:kinds] for name, columns in groups.items()}
     for claim, group in itertools.groupby(comparisons, lambda each: each.claim):
         group = list(group)
         for pair in dict.fromkeys(each.pair for each in (group[:1] if first else group)):
             here = [each for each in group if each.pair == pair]
             cells = [" / ".join(each.cell for each in here if each.measure in columns) for columns in groups.values()]
-            theirs = " / ".join(f"{share:+.1f}" for share in paper_shares(dataset, pair))
+            theirs = " / ".join(f"{share:+.1f}" for share in paper_shares(dataset, pair)[:kinds])
             theirs = FIGURE_5 if here[0].part == "collapse" else theirs
             rows.append([claim, " − ".join(pair), str(here[0].seeds), theirs, *cells, count(group if first else here)])
     header = ["Claim", "Rows", "Seeds", "The paper", *groups, "Verdicts, all pairs" if first else "Verdicts"]
