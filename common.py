@@ -25,6 +25,7 @@ import shlex
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -475,12 +476,17 @@ def is_image(file: Path) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted by name, hidden ones left out. Raises UserError if there are none."""
+    """All image files below a folder, sorted by name, without hidden ones; notes other files. Raises UserError if there
+    are none."""
     below = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)  # links are followed
-    files = sorted(file for file in map(Path, below) if is_image(file))
-    if not files:
+    files = sorted(map(Path, below))
+    images = [file for file in files if is_image(file)]
+    others = [file.name for file in files if not is_image(file) and not file.is_dir()]
+    if not images:
         raise UserError(f"{folder}/ has no images that PIL opens (of a hub's tables make an .npz: README, Data)")
-    return files
+    if others:
+        note(f"left out below {folder}/, PIL opens no such images: {others[0]} ({len(others)} in all)")
+    return images
 
 
 def read_image(file: Path) -> Tensor:
@@ -634,7 +640,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     if defaults is OWN:
         if not own.is_dir() and not (own.suffix in (".npy", ".npz") and own.is_file()):
             raise UserError(f"--dataset {data}: neither {', '.join(DEFAULTS)} nor a folder, .npy or .npz that is there")
-        args.dataset, data = str(own), f"own-{own.stem}"  # found from anywhere
+        args.dataset, data = str(own), f"own-{own.name if own.is_dir() else own.stem}"  # found from anywhere
     name = [script, data]
     for flag, value in list(vars(args).items()):
         default = defaults.get(flag, parser.get_default(flag))
@@ -647,7 +653,8 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     args.channels, args.flip = defaults["channels"], defaults["flip"]
     command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if LAUNCHED else ["python"]
     again = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--resume"]
-    args.command = shlex.join([*command, parser.prog, *again, "--resume"])
+    file = sys.argv[0] if argv is None else parser.prog  # as it was started
+    args.command = shlex.join([*command, file, *again, "--resume"])
     return args
 
 
@@ -694,8 +701,12 @@ def locked(path: Path):
     with suppress(ImportError):
         import fcntl  # not on Windows
 
-        with explained(f"{path.parent}/ is in use by another process, wait for it or end it"):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path.parent}/ is in use by another process, wait for it or end it") from error
+        except OSError as error:  # a network's file system
+            note(f"{path.parent}/ cannot be locked ({error.strerror}): start no second process in it")
     return file
 
 
@@ -802,11 +813,15 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
     with rank_zero_first():
         data = load_dataset(args.dataset, args.data_dir, args.image_size)
     limits = args.limit_train, args.limit_eval, args.limit_eval
-    data = Dataset(*(split[:limit].to(device) for split, limit in zip(data, limits, strict=True)))
+    data = Dataset(*(split[:limit] for split, limit in zip(data, limits, strict=True)))
     args.images = [len(split) for split in data]
-    if min(args.images) < args.ranks:
-        found = "{} training, {} validation and {} test images".format(*args.images)
-        raise UserError(f"{found}: give at least {args.ranks} of each, or 10 of which a tenth is held out")
+    if args.dataset not in DEFAULTS:  # own images may change under their name
+        args.images_crc32 = [zlib.crc32(split.contiguous().numpy()) for split in data]
+    least = 2 * args.ranks, args.ranks, args.ranks
+    if any(found < needed for found, needed in zip(args.images, least, strict=True)):
+        text = "{} training, {} validation and {} test images: give {}, {} and {} or more; of 10 a tenth is held out"
+        raise UserError(text.format(*args.images, *least))
+    data = Dataset(*(split.to(device) for split in data))
     most = len(data.train) // args.ranks
     if not 2 <= args.batch_size <= most:
         raise UserError(f"--batch-size {args.batch_size}: give 2 to {most}, the training images of each rank")

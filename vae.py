@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
     features = fid.load_features(args, data)
     common.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    scheduler = common.learning_rate(optimizer, args)  # halved after 5 epochs without a better validation loss
+    scheduler = common.learning_rate(optimizer, args)  # --schedule; in the paper halved after 5 epochs without progress
     run = common.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs:
         model.train()
