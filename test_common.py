@@ -1277,7 +1277,7 @@ def test_fid_compares_folders_arrays_and_statistics(finished, monkeypatch, capsy
         outputs = small_features("x")([torch.from_numpy(image).permute(2, 0, 1) for image in images]).double().numpy()
         known[name] = outputs.mean(0), np.cov(outputs, rowvar=False)
     np.savez("both.npz", arr_0=grey, mu=known["b"][0], sigma=known["b"][1])  # as published reference batches
-    measure = lambda *flags: fid.main(["--features", "x", "--batch-size", "7", *flags])  # noqa: E731
+    measure = lambda *flags: fid.main(["--fid", "x", "--batch-size", "7", *flags])  # noqa: E731
     for one, other, words in (
         ("a", "b", "a (30 images, 2 sizes) and b (30 images, 2 sizes), x "), ("a", "both.npz", "both.npz (saved stat"),
         ("grey.npy", "a", "grey.npy (30 images, 16x16)"), ("train.npz", "a", "train.npz (30 images, 16x16)"),
@@ -1291,7 +1291,7 @@ def test_fid_compares_folders_arrays_and_statistics(finished, monkeypatch, capsy
     assert "saved.npz (saved statistics of a (30 images, 2 sizes))" in capsys.readouterr().out
     Path("nothing").mkdir(), np.savez("odd.npz", one=grey, two=grey), np.save("float.npy", grey / 255)
     for flags, message in (
-        ("saved.npz b --features y", r"saved\.npz was made with FD-Small x .* with FD-Small y .*cannot be compared"),
+        ("saved.npz b --fid y", r"saved\.npz was made with FD-Small x .* with FD-Small y .*cannot be compared"),
         (f"{finished} b", r"is a run: .*reconstruction\.npz \(--save-images\)"), ("a c", "c is neither a"),
         ("odd.npz a", r"odd\.npz: it has the arrays one two"), ("float.npy a", r"float\.npy: float64 \[30, 16, 16"),
         ("a x.txt --save-stats", r"writes an \.npz .*not .*x\.txt"), ("a odd.npz --save-stats", r"yet, not .*odd\.npz"),
