@@ -514,13 +514,16 @@ def test_lite0_sees_scaled_images_and_recognises_what_it_was_trained_on():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_fdc_features_are_the_hidden_units_of_a_fitted_classifier():
+def test_fdc_features_are_the_hidden_units_of_a_fitted_classifier(monkeypatch):
     (images, *_), labels = common.LOADERS["digits"](Path())
-    x = images.flatten(1).numpy() / 255.0
-    mlp = MLPClassifier((64,), activation="tanh", random_state=0, max_iter=60).fit(x, labels.numpy())
-    features = fid.classifier_features("digits")
-    assert (features.metric, features.name) == ("FDC", "digits-mlp")
-    close(features(images), np.tanh(x @ mlp.coefs_[0] + mlp.intercepts_[0]), 1e-4)
+    monkeypatch.setitem(common.LOADERS, "fashion_mnist", lambda _: ((images[:, :, 2:30, 2:30], None, None), labels))
+    for data, options in (("digits", {"max_iter": 60}), ("fashion_mnist", {"max_iter": 10, "batch_size": 256})):
+        shown = common.crop_and_resize(common.LOADERS[data](Path())[0][0], 32)
+        x = shown.flatten(1).numpy() / 255.0
+        mlp = MLPClassifier((64,), activation="tanh", random_state=0, **options).fit(x, labels.numpy())
+        features = fid.classifier_features(data)
+        assert (features.metric, features.name) == ("FDC", f"{data}-mlp")
+        close(features(shown), np.tanh(x @ mlp.coefs_[0] + mlp.intercepts_[0]), 1e-4)
     elsewhere = common.Dataset(*[images[:20].to("meta")] * 3)  # as MPS, which has no float64
     args = Namespace(fid=["classifier"], images=[20], data="digits", data_dir=".")
     assert next(fid.load_features(args, elsewhere)[0].parameters()).device.type == "cpu"
@@ -848,6 +851,8 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         assert sorted(Path().rglob("*")) == before, flags
     for script in (vae, ut_vae, rae):
         refused("--gamma 1.0 weighs nothing: add --", script.arguments, ["--gamma", "1"])
+    refused("--beta 0: the bound divides by beta", iwae.arguments, ["--beta", "0"])
+    refused("lazy layer", common.prepare, (nn.LazyLinear(4), nn.Identity()), uae.arguments([]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -932,7 +937,7 @@ def test_the_evaluation_is_appendix_a_line_by_line(monkeypatch):
     data, features = common.load_dataset("x.npz"), small_features("a")
     folder, best, found = the_one("runs"), loaded("runs", "best.pt"), results["distances"]["a"]
     assert results["best_epoch"] == best["epoch"] == 2 and results["reference"] == "test images"
-    assert results["images"] == {"train": 96, "validation": 45, "test": 50}
+    assert results["images"] == {"train": 96, "validation": 45, "test": 50} and record("runs")[0]["lr"][0] == 0.02
     assert (found["metric"], found["hash"], found["method"]) == ("FD-Small", features.hash, "sqrtm")
     encoder, decoder = vae.nets(Namespace(**results["args"]))
     nn.ModuleDict({"encoder": encoder, "decoder": decoder}).eval().load_state_dict(best["model"])
@@ -965,7 +970,8 @@ def test_the_evaluation_is_appendix_a_line_by_line(monkeypatch):
 
 
 def test_a_finished_run_is_measured_again(finished, capsys):
-    before = record("runs")
+    before, untrained = record("runs"), train("--epochs", "0", "--out", "zero")
+    assert untrained["best_validation_loss"] is None and untrained["validation_mse"] > 0
     refused("seed0 is there: --resume goes on with it; --seed or --out give another", train)
     first, second = train("--resume", "--fid", "a"), train("--resume", "--fid", "b", "--fid-method", "eigh")
     assert list(second["distances"]) == ["a", "b"] and second["distances"]["a"] == first["distances"]["a"]
@@ -985,6 +991,7 @@ def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
         seeds.append(({encoder.training, decoder.training, torch.is_grad_enabled()}, torch.initial_seed(), len(x)))
         return loss(encoder, decoder, x, args)
 
+    monkeypatch.setitem(common.DEFAULTS["digits"], "flip", True)
     train("--seed", "3", "--schedule", "plateau")
     monkeypatch.setattr(uae, "loss", spy)
     monkeypatch.setattr(common, "epoch_batches", lambda *a: shuffles.append(a[2:]) or batches(*a))
@@ -996,7 +1003,8 @@ def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
     for epoch in range(3):
         expected += [({True}, stream(3, "noise", 0, epoch), 8)] * 3 + validation
     assert seeds[1:] == expected  # after the check of the nets
-    assert shuffles == [(stream(3, "shuffle", 0, epoch), False) for epoch in range(3)]
+    assert shuffles == [(stream(3, "shuffle", 0, epoch), True) for epoch in range(3)]
+    assert common.start(uae.arguments(["--seed", "3"])) and torch.initial_seed() == stream(3, "weights")
     every = [(s, p, r, e) for s in (0, 1) for p in common.STREAMS for r in (0, 1) for e in (0, 1)]
     assert len({stream(*each) for each in every}) == len(every) == 8 * 6
 

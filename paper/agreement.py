@@ -22,7 +22,7 @@ import common
 from common import UserError
 from fid import KINDS
 from paper.claims import LIKE, by_row, columns_of, failure, paper_numbers, spearman
-from paper.table import DATASETS, dataset_of, read_results
+from paper.table import DATASETS, dataset_of, png, read_results
 
 COLOURS = {  # of Okabe and Ito's palette
     "VAE": "#E69F00", "VAE*": "#D55E00", "UT-VAE": "#56B4E9", "UT-VAE*": "#0072B2", "UAE": "#009E73", "RAE": "#000000",
@@ -129,7 +129,7 @@ def legend(panels: list[Panel]) -> list[Line2D]:
 def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("paper.agreement", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="results of paper.study")
-    parser.add_argument("--out", type=Path, default=Path("assets/agreement.png"), help="the picture")
+    parser.add_argument("--out", type=png, default=Path("assets/agreement.png"), help="the picture")
     args = parser.parse_args(argv)
     lines = [line for file in args.results for line in read_panels(file)]
     figure = Figure(figsize=(11, 2.9 * len(lines) + 0.4), dpi=160, layout="constrained")

@@ -4,7 +4,7 @@
     python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5 --stock     # the plain path, to compare with
 
 Random images, nothing is trained that is kept, nothing is written. `--stock` goes without this code's exact speed-ups:
-decoder not folded, penalty by double backward, default memory format, the C library's default memory handling.
+decoder not folded, penalty by double backward, default memory format.
 Measure the two in alternation: machines are noisy.
 """
 
@@ -54,7 +54,6 @@ def stock(script: ModuleType) -> None:
     script.Decoder = StockDecoder
     if hasattr(script, "gradient_penalty"):
         script.gradient_penalty = stock_penalty
-    common.keep_memory = lambda: None
 
 
 def training_step(script: ModuleType, args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], None]:

@@ -6,7 +6,9 @@ Trains a UT-VAE with n = 2 on the embedded digits, so that its latent space can 
 sigma points of three test images and five random samples of each.
 """
 
+import io
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 import common
 import fid
 import ut_vae
+from paper.table import png
 
 TRAINING = "--latent-dim 2 --k 5 --beta 0.002 --fid none"
 COLOURS = (fid.BLUE, fid.ORANGE, "#009E73")  # of Okabe and Ito's palette
@@ -110,10 +113,10 @@ def choose(mu: Tensor, scale: Tensor) -> list[int]:
 
 def main(argv: list[str] | None = None) -> list[Example]:
     parser = common.Parser("paper.idea", __doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/idea.png"), help="the picture")
+    parser.add_argument("--out", type=png, default=Path("runs/idea.png"), help="the picture")
     parser.add_argument("--epochs", type=int, default=60, help="of the training")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # it names a folder that will go
         ut_vae.main([*TRAINING.split(), "--epochs", str(args.epochs), "--out", folder])
         (run,) = Path(folder).iterdir()
         encoder, decoder, _ = common.load_trained(run, ut_vae.nets)

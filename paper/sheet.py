@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 import common
 import fid
 from common import UserError
-from paper.table import place, results_table
+from paper.table import IGNORED, place, png, results_table
 
 COLUMNS = {
     "reconstructions": "test images above their reconstructions",
@@ -46,7 +46,7 @@ figure { margin: 0; } img { width: 100%; }
 
 class Row(NamedTuple):
     """What the sheet shows of a run: its grids of images [3,H,W] in [0,1] by column, and for a Gaussian posterior means
-    and variances of 1000 validation images [N,n]."""
+    and variances of up to 1000 validation images [N,n]."""
 
     label: str
     grids: dict[str, Tensor]
@@ -78,6 +78,17 @@ def find_runs(folders: list[Path]) -> list[tuple[Path, Namespace]]:
     return sorted(runs, key=lambda run: (place(run[1].label), run[1].seed))
 
 
+def name_rows(runs: list[tuple[Path, Namespace]]) -> list[str]:
+    """The label of each run, with what runs of one label differ in."""
+    names = []
+    for _, run in runs:
+        alike = [vars(other) for _, other in runs if other.label == run.label]
+        flags = sorted(vars(run).keys() - IGNORED | {"seed"})
+        differ = [flag for flag in flags if len({str(other.get(flag)) for other in alike}) > 1]
+        names.append(", ".join([run.label, *(f"{flag.replace('_', '-')} {getattr(run, flag)}" for flag in differ)]))
+    return names
+
+
 @torch.inference_mode()
 def make_row(folder: Path, args: Namespace, data: common.Dataset, label: str) -> Row:
     """Decode what the sheet shows of a run."""
@@ -96,7 +107,7 @@ def make_row(folder: Path, args: Namespace, data: common.Dataset, label: str) ->
     steps = [common.slerp(means[8:10], means[10:12], step / 6) for step in range(7)]
     interpolations = decoder(torch.stack(steps, 1).flatten(0, 1))
     samples = decoder(fid.sample_latents(folder, 16, args.seed))
-    mu, scale = encode(data.val[:1000])
+    mu, scale = encode(data.val[: args.limit_eval][:1000])
     grids = (grid(rows, 8), grid(samples, 8), grid(interpolations, 7))
     posterior = None if scale is None else (mu, common.variances(scale))
     return Row(label, dict(zip(COLUMNS, grids, strict=True)), posterior)
@@ -171,7 +182,8 @@ def row_html(row: Row) -> str:
     if row.posterior is not None:
         figure = Figure(figsize=(11, 6), layout="constrained")
         draw_posterior(figure, row)
-        text = f"posteriors of 1000 validation images, {row.collapsed()} (mean variance above {fid.COLLAPSED})"
+        text = f"posteriors of {len(row.posterior[0])} validation images, {row.collapsed()} "
+        text += f"(mean variance above {fid.COLLAPSED})"
         histograms = figure_html(figure, text)
     return f"<h2>{html.escape(row.label)}</h2>\n<section>{''.join(figures)}</section>{histograms}"
 
@@ -203,18 +215,15 @@ def save_page(path: Path, rows: list[Row], table: str, title: str) -> None:
 def main(argv: list[str] | None = None) -> list[Row]:
     parser = common.Parser("paper.sheet", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="folders of runs, for example runs/")
-    parser.add_argument("--out", type=Path, help="the picture; the page is beside it (default: sheet.png in the first)")
+    parser.add_argument("--out", type=png, help="the picture; the page is beside it (default: sheet.png in the first)")
     args = parser.parse_args(argv)
     path = args.out or args.folders[0] / "sheet.png"
-    if path.suffix != ".png":
-        raise UserError(f"--out {path}: give a name that ends in .png")
     runs, table = find_runs(args.folders), results_table(*args.folders)
-    first, labels = runs[0][1], [run.label for _, run in runs]
+    first = runs[0][1]
     data = common.load_dataset(first.dataset, first.data_dir, first.image_size)
-    rows = []
-    for folder, run in runs:
-        label = run.label if labels.count(run.label) == 1 else f"{run.label}, seed {run.seed}"
-        rows.append(make_row(folder, run, data, label))
+    if len(data.test) < 12:
+        raise UserError(f"{first.data} has {len(data.test)} test images, a sheet shows 12")
+    rows = [make_row(*run, data, name) for run, name in zip(runs, name_rows(runs), strict=True)]
     save_png(path, rows)
     save_page(path.with_suffix(".html"), rows, table, f"{first.data}: models side by side")
     print(f"wrote {path} and {path.with_suffix('.html')}")

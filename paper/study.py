@@ -116,7 +116,7 @@ def code_version() -> str:
     return f"{commit}-dirty" if changed else commit
 
 
-def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str]) -> dict:
+def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str], commit: str) -> dict:
     """The line of a run that has ended, from its folder or, if it failed, from the last line of its output."""
     line = {"label": row.label, "seed": seed, "command": row.command}
     line |= dict.fromkeys([f"{metric}_{kind}" for metric in metrics for kind in KINDS], "")
@@ -133,7 +133,7 @@ def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str]) ->
     for found in results["distances"].values():
         line |= {f"{found['metric']}_{kind}": found[kind] for kind in KINDS}
     measured = {name: results.get(name, "") for name in MEASURED}
-    versions = {"torch": results["versions"]["torch"], "commit": code_version()}
+    versions = {"torch": results["versions"]["torch"], "commit": commit}
     return line | measured | {"seconds": round(seconds)} | versions
 
 
@@ -156,17 +156,17 @@ def study(
                 argv += ["--out", str(out), "--resume"]
                 process = context.Process(target=run_script, args=(row.script, argv, log))
                 process.start()
-                running[process.sentinel] = (process, seed, row, log)
+                running[process.sentinel] = (process, seed, row, log, code_version())
                 print(f"started   {row.label}, seed {seed}: {log}", flush=True)
             for sentinel in connection.wait(running):
-                process, seed, row, log = running.pop(sentinel)
+                process, seed, row, log, commit = running.pop(sentinel)
                 process.join()
-                line = record(row, seed, log, process.exitcode, metrics)
+                line = record(row, seed, log, process.exitcode, metrics, commit)
                 lines[row.label, seed] = line
                 with common.replacing(file) as temporary:
                     write_results(temporary, setting, list(lines.values()))
                 spent += row.cost
-                left = sum(row.cost for _, row in waiting) + sum(row.cost for _, _, row, _ in running.values()) / 2
+                left = sum(row.cost for _, row in waiting) + sum(row.cost for _, _, row, *_ in running.values()) / 2
                 about = tqdm.format_interval((time.monotonic() - started) / spent * left)
                 done = len(todo) - len(waiting) - len(running)
                 what = f"failed    {row.label}, seed {seed}: {line['error']}"
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("paper.study", __doc__)
     add = parser.add_argument
     add("--dataset", choices=SETTINGS, default="fashion_mnist", help="whose rows and setting")
-    add("--images", metavar="FOLDER", help="take these images in place of the data set's own")
+    add("--images", metavar="FOLDER", help="take CIFAR-10's images from here")
     add("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     add("--results", type=Path, help="file of the results (default: results.csv in --out)")
     add("--rows", metavar="REGEX", type=regex, default="", help="only rows whose label has this")
@@ -200,6 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--dry-run", action="store_true", help="print what would be run and the time expected")
     args = parser.parse_args(argv)
+    if args.images and (args.dataset != "cifar10" or not Path(args.images).is_dir()):
+        raise UserError(f"--images {args.images}: give a folder of images, with --dataset cifar10")
     setting = SETTINGS[args.dataset] + (" (from a folder of images)" if args.images else "")
     every = {row.label: row for row in study_rows(args.dataset)}
     rows = [row for label, row in every.items() if re.search(args.rows, label)]

@@ -218,6 +218,13 @@ def regex(text: str) -> re.Pattern:
         raise ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
+def png(text: str) -> Path:
+    """The name of a picture, as argparse wants it."""
+    if not text.endswith(".png"):
+        raise ArgumentTypeError(f"{text}: give a name that ends in .png")
+    return Path(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("paper.table", __doc__)
     add = parser.add_argument

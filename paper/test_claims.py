@@ -125,6 +125,9 @@ def test_the_picture_shows_each_rows_mean_and_spread_against_the_papers_number(t
     ends = axes.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert ends == pytest.approx([55 - 50**0.5, 55 + 50**0.5])  # standard deviation of 50 and 60
     assert [each.lines[0].get_markerfacecolor() == "white" for each in axes.containers] == [False, False, True, False]
+    axes.figure.draw_without_rendering()
+    agreement.write_labels(axes, first)
+    assert {text.get_text() for text in axes.texts} == {"GP", "pairs"}
     assert agreement.describe("UT-VAE*-full-GP 2x random", "digits") == ("UT-VAE*", "2x", "full GP")
     assert agreement.describe("UT-VAE 8x random", "cifar10") == ("UT-VAE", "8x", "random")
     agreement.main([str(file), "--out", str(tmp_path / "deep" / "a.png")])

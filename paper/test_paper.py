@@ -17,7 +17,7 @@ import rae
 import uae
 import ut_vae
 from common import UserError
-from paper import benchmark, gradient_noise, idea, sheet
+from paper import agreement, benchmark, gradient_noise, idea, sheet
 
 TINY = ["--epochs", "1", "--limit-train", "96", "--limit-eval", "30", "--batch-size", "32", "--width", "0.02"]
 
@@ -48,8 +48,8 @@ def test_the_plain_path_is_the_same_function_with_the_same_gradients_and_penalty
 
 
 def test_the_benchmark_prints_what_it_measured_and_writes_nothing(capsys, monkeypatch):
-    for module, name in ((uae, "Decoder"), (uae, "gradient_penalty"), (common, "keep_memory")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # put back what `stock` replaces
+    for name in ("Decoder", "gradient_penalty"):
+        monkeypatch.setattr(uae, name, getattr(uae, name))  # put back what `stock` replaces
     monkeypatch.setattr(benchmark, "matmul_peak", lambda *_: 1e12)
     shape = "--dataset cifar10 --latent-dim 8 --width 0.02 --batch-size 8"
     command = ["uae.py", *shape.split(), "--steps", "1"]
@@ -110,14 +110,17 @@ def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     assert np.asarray(Image.open(folder / "gradient_noise.png")).std() > 1
     last = torch.load(run / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(trained[1].state_dict()[name], value) for name, value in last.items())  # the same training
-    for flag, why in (("--seed=1", "give --seeds"), ("--resume", "anew"), ("--epochs=2", "is there: remove it")):
+    for flag, why in (
+        ("--seed=1", "give --seeds"), ("--resume", "anew"), ("--epochs=2", "is there: remov"), ("--epochs=0", "1 or m"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=why):
             gradient_noise.main([*argv, flag])
 
 
-def test_the_idea_shows_sigma_points_the_covariances_ellipse_and_what_they_decode_to(monkeypatch):
+def test_the_idea_shows_sigma_points_the_covariances_ellipse_and_what_they_decode_to(monkeypatch, capsys):
     monkeypatch.setattr(idea, "TRAINING", f"{idea.TRAINING} --limit-train 96 --width 0.02")
     examples = idea.main(["--epochs", "1", "--out", "pictures/idea.png"])
+    assert capsys.readouterr().out == "wrote pictures/idea.png\n"
     assert np.asarray(Image.open("pictures/idea.png")).std() > 1 and len(examples) == 3 and not Path("runs").exists()
     axes = Figure().subplots()
     idea.draw_plane(axes, examples, torch.zeros(7, 2))
@@ -134,7 +137,7 @@ def test_the_idea_shows_sigma_points_the_covariances_ellipse_and_what_they_decod
 
 def test_a_sheet_shows_the_runs_images_and_counts(capsys):
     rae.main([*TINY, "--fid", "none"])
-    results = uae.main([*TINY, "--k", "2"])
+    results = uae.main([*TINY, "--k", "2", "--lr", "0.05"])
     none, row = sheet.main(["runs"])
     assert (none.label, row.label) == ("RAE-no-reg", "UAE 2x random") and none.posterior is None
     assert row.collapsed() == f"{results['collapsed_dimensions']} of 16 collapsed"
@@ -155,8 +158,20 @@ def test_a_sheet_shows_the_runs_images_and_counts(capsys):
     page = Path("runs/sheet.html").read_text()
     assert page.count("<img") == page.count('src="data:image/png;base64,') == 3 + 4 and "http" not in page
     assert f"{results['distances']['digits-mlp']['sample']:.2f} / " in page
+    assert "posteriors of 30 validation images" in page
+    for seed, n in ((1, 4), (0, 5)):
+        uae.main([*TINY, "--k", "2", "--seed", str(seed), "--latent-dim", str(n), "--fid", "none", "--out", "more"])
+    few = ["--dataset", "few.npy", "--limit-train", "32"]
+    np.save("few.npy", np.random.default_rng(0).integers(0, 256, (110, 32, 32), np.uint8))
+    uae.main([*TINY, *few, "--fid", "none", "--out", "few"])
+    names = [row.label for row in sheet.main(["more"])]
+    assert names == ["UAE 2x random, latent-dim 5, seed 0", "UAE 2x random, latent-dim 4, seed 1"]
     args = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps(args | {"image_size": 64}))
-    for argv, message in (("runs", "image size 32 and 64"), ("nosuch", "no best.pt"), ("runs --out a.jpg", "in .png")):
+    for argv, message in (("runs", "image size 32 and 64"), ("nosuch", "no best.pt"), ("few", "11 test images, a")):
         with pytest.raises(UserError, match=message):
             sheet.main(argv.split())
+    for module, *argv in ((sheet, "runs"), (idea,), (agreement, "x.csv")):
+        with pytest.raises(SystemExit, match="2"):
+            module.main([*argv, "--out", "a.jpg"])
+        assert "a.jpg: give a name that ends in .png" in capsys.readouterr().err

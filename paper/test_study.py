@@ -2,6 +2,7 @@
 
 import csv
 import multiprocessing
+import os
 import re
 import subprocess
 import time
@@ -64,10 +65,13 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch, capsys):
     assert 1 <= len(metrics(vae_run)) < 8
 
     (rae_run / "last.pt").unlink()
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     study.main([*argv, "2"])
+    assert os.environ["OMP_NUM_THREADS"] == "1"
     rows = {line["label"]: line for line in table.read_results(Path("out/results.csv"))[1]}
     assert rows.keys() == {"RAE-no-reg", "VAE 1x"} and not any(line["error"] for line in rows.values())
     assert all(float(rows["VAE 1x"][name]) > 0 for name in ("validation_mse", "FDC_sample", "mean_variance", "seconds"))
+    assert rows["VAE 1x"]["commit"] == study.code_version()
     (log,) = Path("out/logs").glob("vae*")
     epochs = re.findall(r"^epoch (\d)/8", log.read_text(), re.MULTILINE)  # of both processes
     assert (
@@ -112,6 +116,15 @@ def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):
         label = study.Row(row["command"], "fashion_mnist", True).label.replace("UT-VAE*-GP 2x", "UAE 2x")
         assert label in (first if row["table"] in "23" else seeds), row
     assert last.startswith(f"{len(runs)} runs to do of {len(runs)}") and study.SETTINGS["fashion_mnist"] in last
+    assert table.read_results(study.ROOT / "paper/results/fashion_mnist.csv")[0] == study.SETTINGS["fashion_mnist"]
+    seeds = {dataset: {len(row.seeds) for row in study.study_rows(dataset)} for dataset in ("digits", "cifar10")}
+    assert seeds == {"digits": {5}, "cifar10": {3}}
+
+
+def test_images_are_a_folder_for_cifar10(tmp_path):
+    for dataset, images in (("cifar10", "nosuch"), ("fashion_mnist", str(tmp_path))):
+        with pytest.raises(UserError, match=f"--images {images}: give a folder of images, with --dataset cifar10"):
+            study.main(["--dataset", dataset, "--images", images, "--dry-run"])
 
 
 def test_two_studies_with_one_file_of_results_are_one_too_many():
