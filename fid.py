@@ -389,7 +389,7 @@ def generate(run: common.Run, data: common.Dataset) -> tuple[dict[str, Tensor], 
 def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) -> dict:
     """Measure the best checkpoint by `generate`'s images against the test images, on rank 0; returns the results.
 
-    Writes the mixture, the pictures and results.json, prints the table. What the nets must be: README, Your own nets.
+    Writes the mixture, results.json and the pictures, prints the table. What the nets must be: README, Your own nets.
     """
     if dist.is_initialized():
         dist.destroy_process_group()  # the other ranks are done
@@ -405,11 +405,11 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
     results["distances"] = same | distances(features, images, data.test, args.fid_method)
     modules = {"torch": torch, "torchvision": torchvision, "scipy": scipy}
     results |= {"versions": {name: module.__version__ for name, module in modules.items()}, "args": vars(args)}
+    with common.replacing(run.dir / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1))
     save_grids(run.dir, images, data.val, pairs)
     for kind, shown in (images | {"test": data.test}).items() if args.save_images else ():
         save_arrays(run.dir / f"{kind}.npz", arr_0=shown.permute(0, 2, 3, 1).cpu().numpy())  # as other tools read them
-    with common.replacing(run.dir / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1))
     print_results(results, run.dir)
     try:
         save_curves(run)

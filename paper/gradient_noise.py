@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> list[list[dict[str, float]]]:
             runs[-1].append(row)
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
             common.write_csv(folder / "gradient_noise.csv", [row for run in runs for row in run])
-        save_figure(folder / "gradient_noise.png", runs)
+    save_figure(folder / "gradient_noise.png", runs)
     print(f"{summary(runs)}\neverything is in {folder}/")
     return runs
 
