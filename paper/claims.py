@@ -209,7 +209,9 @@ def claims_table(comparisons: list[Comparison], groups: dict[str, list[str]], da
             cells = [" / ".join(each.cell for each in here if each.measure in columns) for columns in groups.values()]
             theirs = " / ".join(f"{share:+.1f}" for share in paper_shares(dataset, pair)[:kinds])
             theirs = FIGURE_5 if here[0].part == "collapse" else theirs
-            rows.append([claim, " − ".join(pair), str(here[0].seeds), theirs, *cells, count(group if first else here)])
+            names = " − ".join(pair)
+            names = names.replace(f" {common.DEFAULTS[dataset]['sigma_points']}", "") if first else names
+            rows.append([claim, names, str(here[0].seeds), theirs, *cells, count(group if first else here)])
     header = ["Claim", "Rows", "Seeds", "The paper", *groups, "Verdicts, all pairs" if first else "Verdicts"]
     return markdown(header, rows)
 
