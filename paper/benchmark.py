@@ -3,7 +3,7 @@
     python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5
     python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5 --stock     # the plain path, to compare with
 
-Random images, nothing is trained that is kept, nothing is written. `--stock` goes without this code's exact speed-ups:
+Random images, nothing is trained that is kept, nothing is written. `--stock` goes without this code's speed-ups:
 decoder not folded, penalty by double backward, default memory format.
 Measure the two in alternation: machines are noisy.
 """
