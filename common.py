@@ -215,10 +215,13 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_image_size(x.shape[-1], (self.image_size,))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            h = self.layers[:-3](x)
-        # The last convolution is float32, as heads and losses are: on CPUs with AMX oneDNN (torch 2.15) leaves a part
-        # of its bfloat16 gradient unwritten where its input is 1×1
-        return self.layers[-3:](h.to(x.dtype)).flatten(1)
+            h = self.layers[:-3](x)  # [B,512,1,1], of 64×64 images [B,512,2,2]
+            if self.bf16:  # a matrix product with the taps that meet the image: see paper/README.md, Speed
+                s = h.shape[-1]
+                h = F.linear(h.flatten(1), self.layers[-3].weight[..., 1 : 1 + s, 1 : 1 + s].flatten(1))[..., None, None]
+            else:
+                h = self.layers[-3](h)
+        return self.layers[-2:](h.to(x.dtype)).flatten(1)
 
 
 class GaussianHead(nn.Module):
