@@ -216,9 +216,10 @@ class Encoder(nn.Module):
         check_image_size(x.shape[-1], (self.image_size,))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             h = self.layers[:-3](x)  # [B,512,1,1], of 64×64 images [B,512,2,2]
-            if self.bf16:  # a matrix product with the taps that meet the image: see paper/README.md, Speed
-                s = h.shape[-1]
-                h = F.linear(h.flatten(1), self.layers[-3].weight[..., 1 : 1 + s, 1 : 1 + s].flatten(1))[..., None, None]
+            if self.bf16:  # as a matrix product of the taps in the image (paper/README.md, Speed)
+                side = h.shape[-1]
+                taps = self.layers[-3].weight[..., 1 : 1 + side, 1 : 1 + side]
+                h = F.linear(h.flatten(1), taps.flatten(1))[..., None, None]
             else:
                 h = self.layers[-3](h)
         return self.layers[-2:](h.to(x.dtype)).flatten(1)
