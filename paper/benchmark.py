@@ -1,15 +1,15 @@
 """What a training step costs on this machine: time, images/s, arithmetic, peak memory; and what the loader gives.
 
     python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5
-    python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5 --stock     # the plain path, to compare with
+    python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5 --stock 3      # against the plain path
 
-Random images, nothing is trained that is kept, nothing is written. `--stock` goes without this code's speed-ups:
-decoder not folded, penalty by double backward, default memory format.
-Measure the two in alternation: machines are noisy.
+Random images, nothing is trained that is kept, nothing is written. The plain path goes without this code's speed-ups:
+decoder not folded, penalty by double backward, default memory format. The two are measured in alternation, since
+machines are noisy.
 """
 
 import argparse
-import importlib
+import importlib.util
 import resource
 import statistics
 import sys
@@ -49,17 +49,19 @@ def stock_penalty(decoder: nn.Module, mu: Tensor, fold: None = None) -> Tensor:
     return gradient.square().sum(1)
 
 
-def stock(script: ModuleType) -> None:
-    """Put the plain parts into a script, in this process."""
-    script.Decoder = StockDecoder
-    if hasattr(script, "gradient_penalty"):
-        script.gradient_penalty = stock_penalty
+def stock(script: ModuleType) -> ModuleType:
+    """A copy of a script with the plain parts in it."""
+    spec = importlib.util.spec_from_file_location(script.__name__, script.__file__)
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    plain.Decoder, plain.gradient_penalty = StockDecoder, stock_penalty
+    return plain
 
 
 def training_step(script: ModuleType, args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], None]:
     """One step of the script's training loop, as a function of a batch."""
     model = common.prepare(script.nets(args), args, device).train()
-    if args.stock:
+    if isinstance(model["decoder"], StockDecoder):
         model.to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
 
@@ -163,31 +165,40 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = common.Parser("paper.benchmark", __doc__)
     parser.add_argument("script", help="uae.py, or another of the six; its own flags may follow")
     parser.add_argument("--steps", type=int, default=5, help="how many are timed")
-    parser.add_argument("--stock", action="store_true", help="the plain path")
+    parser.add_argument("--stock", type=int, metavar="N", help="measure the plain path too, N times in alternation")
     own, rest = parser.parse_known_args(argv)
     name = Path(own.script).stem
     if name not in SCRIPTS:
         parser.error(f"{own.script!r} is none of {', '.join(f'{script}.py' for script in SCRIPTS)}")
     if own.steps < 1:
         parser.error(f"--steps {own.steps}: give a number above 0")
+    if own.stock is not None and own.stock < 3:
+        parser.error(f"--stock {own.stock}: give 3 or more, for a spread")
     script = importlib.import_module(name)
     args = script.arguments(rest)
-    args.steps, args.stock = own.steps, own.stock
-    if args.stock:
-        stock(script)
-    device = common.start(args)
-    r, shape = measure(script, args, device), [args.channels, args.image_size, args.image_size]
+    args.steps = own.steps
+    device, shape = common.start(args), [args.channels, args.image_size, args.image_size]
+    scripts = [script, stock(script)] if own.stock else [script]
+    rounds = [[measure(each, args, device) for each in scripts] for _ in range(own.stock or 1)]
     print(
-        f"{name}.py{' --stock' if args.stock else ''} on {device}, {args.precision}, "
-        f"{torch.get_num_threads()} CPU threads, width {args.width:g}: {args.batch_size} images {shape}, "
-        f"{r['points']} decoded points a step, {args.steps} steps\n"
-        f"{r['images_per_s']:.2f} images/s, {r['points_per_s']:.1f} points/s, "
-        f"{r['ms']:.1f} ms a step ({r['fastest_ms']:.1f} to {r['slowest_ms']:.1f})\n"
-        f"{r['tflop']:.3f} TFLOP a step at {r['tflop_per_s']:.3f} TFLOP/s, "
-        f"{100 * r['tflop_per_s'] / r['peak_tflop_per_s']:.0f}% of the matrix product's {r['peak_tflop_per_s']:.3f}; "
-        f"peak memory {r['memory_gib']:.2f} GiB"
+        f"{name}.py on {device}, {args.precision}, {torch.get_num_threads()} CPU threads, width {args.width:g}: "
+        f"{args.batch_size} images {shape}, {rounds[0][0]['points']} decoded points a step, {args.steps} steps"
     )
-    r |= measure_loader(args, device)
+    for path, results in zip(("this code", "plain path"), zip(*rounds, strict=True), strict=False):
+        r = sorted(results, key=lambda result: result["ms"])[len(results) // 2]
+        share = 100 * r["tflop_per_s"] / r["peak_tflop_per_s"]
+        print(
+            f"{path}: {r['images_per_s']:.2f} images/s, {r['points_per_s']:.1f} points/s, "
+            f"{r['ms']:.1f} ms a step ({r['fastest_ms']:.1f} to {r['slowest_ms']:.1f})\n"
+            f"{r['tflop']:.3f} TFLOP a step at {r['tflop_per_s']:.3f} TFLOP/s, "
+            f"{share:.0f}% of the matrix product's {r['peak_tflop_per_s']:.3f}; "
+            f"peak memory {results[0]['memory_gib']:.2f} GiB"
+        )
+    if own.stock:
+        ratios = [plain["ms"] / ours["ms"] for ours, plain in rounds]
+        spread = f"{statistics.mean(ratios):.2f} ± {statistics.stdev(ratios):.2f}"
+        print(f"the plain path takes {spread} times as long ({own.stock} times in alternation)")
+    r = rounds[0][0] | measure_loader(args, device)
     print(
         f"loader {r['loader_images_per_s']:.0f} images/s; DataLoader without workers, same output, "
         f"{r['dataloader_images_per_s']:.0f} images/s; ratio {r['loader_ratio']:.0f}"

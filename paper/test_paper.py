@@ -48,18 +48,26 @@ def test_the_plain_path_is_the_same_function_with_the_same_gradients_and_penalty
 
 
 def test_the_benchmark_prints_what_it_measured_and_writes_nothing(capsys, monkeypatch):
-    for name in ("Decoder", "gradient_penalty"):
-        monkeypatch.setattr(uae, name, getattr(uae, name))  # put back what `stock` replaces
     monkeypatch.setattr(benchmark, "matmul_peak", lambda *_: 1e12)
     shape = "--dataset cifar10 --latent-dim 8 --width 0.02 --batch-size 8"
     command = ["uae.py", *shape.split(), "--steps", "1"]
-    folded, plain = benchmark.main(command), benchmark.main([*command, "--stock"])
-    output = capsys.readouterr().out
-    for words in ("uae.py on cpu", "uae.py --stock", "points/s", "ms a step", "TFLOP/s", "peak memory", "loader"):
+    measured, output = benchmark.main(command), capsys.readouterr().out
+    for words in ("uae.py on cpu", "points/s", "ms a step", "TFLOP/s", "peak memory", "loader"):
         assert words in output
-    assert min(folded.values()) > 0 and folded["tflop"] < plain["tflop"] and uae.Decoder is benchmark.StockDecoder
+    assert min(measured.values()) > 0 and "plain path" not in output
+    seconds = iter([1, 2, 1, 4, 2, 4])  # this code, the plain path, and again
+    measure, found = benchmark.measure, []
+    monkeypatch.setattr(benchmark, "measure", lambda *a: found.append(measure(*a) | {"ms": next(seconds)}) or found[-1])
+    benchmark.main([*command, "--stock", "3"])
+    output = capsys.readouterr().out
+    assert found[0]["tflop"] < found[1]["tflop"] and re.findall(" ([124].0) ms a", output) == ["1.0", "4.0"]  # medians
+    assert "the plain path takes 2.67 ± 1.15 times as long (3 times in alternation)" in output
+    assert uae.Decoder is common.Decoder and uae.gradient_penalty is common.gradient_penalty
     assert not list(Path().iterdir())
-    for arguments, message in ((["nosuch.py"], "nosuch.py"), (["uae.py", "--steps", "0"], "--steps 0"), ([], "script")):
+    for arguments, message in (
+        (["nosuch.py"], "nosuch.py"), (["uae.py", "--steps", "0"], "--steps 0"), ([], "script"),
+        (["uae.py", "--stock", "2"], "--stock 2: give 3"),
+    ):  # fmt: skip
         with pytest.raises(SystemExit, match="2"):
             benchmark.main(arguments)
         assert re.fullmatch(f"paper.benchmark: error: .*{message}.*\n", capsys.readouterr().err)
