@@ -75,6 +75,11 @@ def training_step(script: ModuleType, args: argparse.Namespace, device: torch.de
     return step
 
 
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
 def clock(device: torch.device) -> float:
     """Seconds, when the device has done what it was given."""
     if device.type != "cpu":
@@ -186,18 +191,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     for path, results in zip(("this code", "plain path"), zip(*rounds, strict=True), strict=False):
         r = sorted(results, key=lambda result: result["ms"])[len(results) // 2]
+        rate = spread([result["images_per_s"] for result in results])
         share = 100 * r["tflop_per_s"] / r["peak_tflop_per_s"]
         print(
-            f"{path}: {r['images_per_s']:.2f} images/s, {r['points_per_s']:.1f} points/s, "
+            f"{path}: {rate} images/s, {r['points_per_s']:.1f} points/s, "
             f"{r['ms']:.1f} ms a step ({r['fastest_ms']:.1f} to {r['slowest_ms']:.1f})\n"
             f"{r['tflop']:.3f} TFLOP a step at {r['tflop_per_s']:.3f} TFLOP/s, "
             f"{share:.0f}% of the matrix product's {r['peak_tflop_per_s']:.3f}; "
             f"peak memory {results[0]['memory_gib']:.2f} GiB"
         )
     if own.stock:
-        ratios = [plain["ms"] / ours["ms"] for ours, plain in rounds]
-        spread = f"{statistics.mean(ratios):.2f} ± {statistics.stdev(ratios):.2f}"
-        print(f"the plain path takes {spread} times as long ({own.stock} times in alternation)")
+        ratio = spread([plain["ms"] / ours["ms"] for ours, plain in rounds])
+        print(f"the plain path takes {ratio} times as long ({own.stock} times in alternation)")
     r = rounds[0][0] | measure_loader(args, device)
     print(
         f"loader {r['loader_images_per_s']:.0f} images/s; DataLoader without workers, same output, "

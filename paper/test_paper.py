@@ -61,6 +61,8 @@ def test_the_benchmark_prints_what_it_measured_and_writes_nothing(capsys, monkey
     benchmark.main([*command, "--stock", "3"])
     output = capsys.readouterr().out
     assert found[0]["tflop"] < found[1]["tflop"] and re.findall(" ([124].0) ms a", output) == ["1.0", "4.0"]  # medians
+    rates = [result["images_per_s"] for result in found[::2]]
+    assert f"this code: {np.mean(rates):.2f} ± {np.std(rates, ddof=1):.2f} images/s" in output
     assert "the plain path takes 2.67 ± 1.15 times as long (3 times in alternation)" in output
     assert uae.Decoder is common.Decoder and uae.gradient_penalty is common.gradient_penalty
     assert not list(Path().iterdir())
