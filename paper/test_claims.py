@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+import common
 from common import UserError
 from fid import KINDS
 from paper import agreement, claims, documents, study, table
@@ -21,7 +22,7 @@ def results_file(path, rows, dataset="fashion_mnist"):
         collapsed = "" if label.startswith("RAE") else v
         line |= {"validation_mse": v / 1000, "collapsed_dimensions": collapsed, "mean_variance": collapsed}
         lines.append(line | {"error": "NaN" if label == "Bad" else ""})
-    study.write_results(Path(path), study.SETTINGS[dataset], lines)
+    common.write_csv(Path(path), lines, heading=f"# {study.SETTINGS[dataset]}\n")
     return Path(path)
 
 
@@ -62,16 +63,19 @@ def test_the_parts_of_a_report(tmp_path, capsys):
     assert line in parts["collapse"] and parts["decisions"].count("\n") == 1  # none was run
     # by hand: the paper's reconstructions 45.64, 31.62, 43.66, 30.07, 21.56, 102.1 and ours have ranks
     # 5 3 4 2 1 6 and 4 2 5 6 3 1: Σd² = 1 + 1 + 1 + 16 + 4 + 25, so 1 - 6·48/210; without the pairs 1 - 6·18/120
-    numbers = "| reconstructions | -0.37 [-0.37, -0.37] | 6 | 0.10 [0.10, 0.10] | 5 |"
+    numbers = "| reconstructions | -0.37 ± 0.00 | 6 | 0.10 ± 0.00 | 5 |"
     assert (
         f"| FDC reconstruction {numbers}\n" in parts["correlations"] and f"| error {numbers}\n" in parts["correlations"]
     )
 
 
 def test_the_interval_of_a_rank_correlation_is_over_seeds():
-    r = claims.spearman([[1, 1, 9], [2, 2, 2], [3, 3, 3]], [10, 20, 30])  # the means are 3.67, 2, 3
-    assert r == pytest.approx((-0.5, -0.5, 1))  # a draw without the third seed has the paper's order
-    assert claims.spearman([[1], [2], [3], [4]], [1, 2, 4, 3]) == pytest.approx((0.8, 0.8, 0.8))
+    """By hand, with 1.96 times the root mean square of the draws' changes."""
+    r, half = claims.spearman([[1, 1, 9], [2, 2, 2], [3, 3, 3]], [10, 20, 30])  # the means are 3.67, 2, 3
+    assert r == pytest.approx(-0.5) and half == pytest.approx(1.96 * 1.5 * (8 / 27) ** 0.5, rel=0.05)  # draws without 9
+    r, half = claims.spearman([[1, 1, 2.3], [2, 2, 2]], [10, 20])  # 1.43; with 2.3 twice 1.87, widened above 2
+    assert r == pytest.approx(1) and half == pytest.approx(1.96 * 2 * (7 / 27) ** 0.5, rel=0.05)
+    assert claims.spearman([[1], [2], [3], [4]], [1, 2, 4, 3]) == pytest.approx((0.8, 0))
 
 
 def test_benjamini_and_hochberg_by_hand():

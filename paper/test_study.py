@@ -121,13 +121,26 @@ def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):
     assert seeds == {"digits": {5}, "cifar10": {3}}
 
 
+def test_rows_and_seeds_choose_among_the_studys_and_add_none(capsys):
+    study.main(["--rows", "^VAE [28]x$", "--seeds", "1", "4", "--dry-run"])
+    found = re.findall(r"(VAE .x), seed (\d)", capsys.readouterr().out)
+    assert found == [("VAE 8x", "1"), ("VAE 2x", "1"), ("VAE 2x", "4")]  # VAE 8x has seeds 0 to 2
+    with pytest.raises(UserError, match=r"no run of the study has --rows '8x' and --seeds \[4\]: --dry-run"):
+        study.main(["--rows", "8x", "--seeds", "4", "--dry-run"])
+
+
 def test_images_are_a_folder_for_cifar10(tmp_path):
     for dataset, images in (("cifar10", "nosuch"), ("fashion_mnist", str(tmp_path))):
         with pytest.raises(UserError, match=f"--images {images}: give a folder of images, with --dataset cifar10"):
             study.main(["--dataset", dataset, "--images", images, "--dry-run"])
 
 
-def test_two_studies_with_one_file_of_results_are_one_too_many():
+def test_two_studies_with_one_file_of_results_are_one_too_many(monkeypatch, capsys):
+    monkeypatch.setattr(study, "study", None)
+    argv = ["--dataset", "digits", "--seeds", "0", "--out", "out"]
     Path("out").mkdir()
-    with common.locked(Path("out/.results.csv.lock")), pytest.raises(UserError, match="out/ is in use by another"):
-        study.main(["--dataset", "digits", "--seeds", "0", "--out", "out", "--dry-run"])
+    with common.locked(Path("out/.results.csv.lock")):
+        study.main([*argv, "--dry-run"])  # what is left may be asked
+        assert "to do" in capsys.readouterr().out
+        with pytest.raises(UserError, match="out/ is in use by another"):
+            study.main(argv)
