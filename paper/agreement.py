@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 from scipy.stats import rankdata
 
@@ -29,6 +30,7 @@ COLOURS = {  # of Okabe and Ito's palette
     "IWAE": "#CC79A7", "WAE-MMD": "#F0E442",
 }  # fmt: skip
 MARKERS = {"1x": "v", "2x": "o", "4x": "^", "8x": "s", "": "D"}
+HALO = withStroke(linewidth=2, foreground="white")  # of labels over bars
 SIDES = [(5, 0, "left"), (-5, 0, "right"), (4, 5, "left"), (4, -5, "left"), (-4, 5, "right"), (-4, -5, "right")]
 
 
@@ -107,7 +109,7 @@ def write_labels(axes: Axes, panel: Panel) -> None:
         text = describe(list(panel.ours)[i], panel.dataset)[2]
         for x, y, side in SIDES if text else ():
             place = {"xytext": (x, y), "textcoords": "offset points", "ha": side, "va": "center"}
-            label = axes.annotate(text, (panel.theirs[i], ours[i]), fontsize=6.5, **place)
+            label = axes.annotate(text, (panel.theirs[i], ours[i]), fontsize=6.5, path_effects=[HALO], **place)
             x0, y0, x1, y1 = box = label.get_window_extent().extents
             free = all(x1 < a or c < x0 or y1 < b or d < y0 for j, (a, b, c, d) in enumerate(taken) if j != i)
             if free and (box[:2] > inside[:2]).all() and (box[2:] < inside[2:]).all():
