@@ -360,10 +360,11 @@ class Dataset(NamedTuple):
 def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> Dataset:
     """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or the images in a folder, .npy or .npz; image_size (32 or
     64) for another size than the data set's own. Raises UserError, with what to put where, if anything is missing."""
-    size, own, data_dir = image_size or DEFAULTS.get(name, OWN)["image_size"], Path(name), Path(data_dir)
+    size, data_dir = image_size or DEFAULTS.get(name, OWN)["image_size"], Path(data_dir)
     if name in DEFAULTS:
         splits, _ = LOADERS[name](data_dir)
     else:
+        own = own_images(name)
         splits = hold_out(read_folder(own, data_dir, size) if own.is_dir() else read_arrays(own))
     return Dataset(*(crop_and_resize(split, size) for split in splits))
 
@@ -456,6 +457,14 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Own images: folders and arrays, always with three channels
+
+
+def own_images(name: str) -> Path:
+    """The folder, .npy or .npz that a data set's name is the path of. Raises UserError."""
+    path = Path(name).expanduser()
+    if not path.is_dir() and not (path.suffix in (".npy", ".npz") and path.is_file()):
+        raise UserError(f"--dataset {name}: neither {', '.join(DEFAULTS)} nor a folder, .npy or .npz that is there")
+    return path
 
 
 def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
@@ -642,10 +651,9 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     """Parse, and fill in what the data set gives for flags that are not given, and the run's name."""
     args, script = parser.parse_args(argv), Path(parser.prog).stem
     args.data_dir, args.out = (str(Path(path).expanduser()) for path in (args.data_dir, args.out))
-    data, defaults, own = args.dataset, DEFAULTS.get(args.dataset, OWN), Path(args.dataset).expanduser().resolve()
+    data, defaults = args.dataset, DEFAULTS.get(args.dataset, OWN)
     if defaults is OWN:
-        if not own.is_dir() and not (own.suffix in (".npy", ".npz") and own.is_file()):
-            raise UserError(f"--dataset {data}: neither {', '.join(DEFAULTS)} nor a folder, .npy or .npz that is there")
+        own = own_images(data).resolve()
         args.dataset, data = str(own), f"own-{own.name if own.is_dir() else own.stem}"  # found from anywhere
     name = [script, data]
     for flag, value in list(vars(args).items()):

@@ -669,6 +669,7 @@ def test_fashion_mnist_from_debians_files(monkeypatch):
     assert labels.tolist() == [i % 7 for i in range(50_000)]
     Path("debian/t10k-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b")  # not whole
     refused("cannot unpack debian/t10k-labels-idx1-ubyte.gz: ", common.load_dataset, "fashion_mnist", "new")
+    refused("fashion-mnist: neither digits, fashion_mnist, .* nor a folder", common.load_dataset, "fashion-mnist")
 
 
 def test_cifar10_from_its_pickles(monkeypatch):
