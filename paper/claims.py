@@ -214,7 +214,8 @@ def claims_table(comparisons: list[Comparison], groups: dict[str, list[str]], da
             names = names.replace(f" {common.DEFAULTS[dataset]['sigma_points']}", "") if first else names
             rows.append([claim, names, str(here[0].seeds), theirs, *cells, count(group if first else here)])
     header = ["Claim", "Rows", "Seeds", "The paper", *groups, "Verdicts, all pairs" if first else "Verdicts"]
-    return markdown(header, rows)
+    used = [i for i in range(len(header)) if not rows or any(row[i] for row in rows)]
+    return markdown([header[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
 def verdicts(comparisons: list[Comparison]) -> str:

@@ -116,7 +116,7 @@ def code_version() -> str:
     return f"{commit}-dirty" if changed else commit
 
 
-def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str], commit: str) -> dict:
+def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str], started: float, commit: str) -> dict:
     """The line of a run that has ended, from its folder or, if it failed, from the last line of its output."""
     line = {"label": row.label, "seed": seed, "command": row.command}
     line |= dict.fromkeys([f"{metric}_{kind}" for metric in metrics for kind in KINDS], "")
@@ -129,7 +129,8 @@ def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str], co
     results = json.loads((folder / "results.json").read_text())
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as epochs:
         seconds = sum(float(epoch["seconds"]) for epoch in csv.DictReader(epochs))
-    seconds += (folder / "results.json").stat().st_mtime - (folder / "last.pt").stat().st_mtime  # the evaluation
+    trained = max((folder / "last.pt").stat().st_mtime, started)
+    seconds += (folder / "results.json").stat().st_mtime - trained  # the evaluation
     for found in results["distances"].values():
         line |= {f"{found['metric']}_{kind}": found[kind] for kind in KINDS}
     measured = {name: results.get(name, "") for name in MEASURED}
@@ -156,12 +157,12 @@ def study(
                 argv += ["--out", str(out), "--resume"]
                 process = context.Process(target=run_script, args=(row.script, argv, log))
                 process.start()
-                running[process.sentinel] = (process, seed, row, log, code_version())
+                running[process.sentinel] = (process, seed, row, log, time.time(), code_version())
                 print(f"started   {row.label}, seed {seed}: {log}", flush=True)
             for sentinel in connection.wait(running):
-                process, seed, row, log, commit = running.pop(sentinel)
+                process, seed, row, log, *start = running.pop(sentinel)
                 process.join()
-                line = record(row, seed, log, process.exitcode, metrics, commit)
+                line = record(row, seed, log, process.exitcode, metrics, *start)
                 lines[row.label, seed] = line
                 common.write_csv(file, list(lines.values()), heading=f"# {setting}\n")
                 spent += row.cost

@@ -81,6 +81,12 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch, capsys):
     assert metrics(rae_run) == metrics("alone" / Path(rae_run.name))
     assert float(rows["RAE-no-reg"]["FDC_sample"]) == results["distances"]["digits-mlp"]["sample"]
 
+    os.utime(vae_run / "last.pt", (0, 0))  # stopped long ago, when it had been trained
+    Path("out/results.csv").unlink()
+    study.main([*argv, "2"])
+    lines = table.read_results(Path("out/results.csv"))[1]
+    assert len(lines) == 2 and all(0 < float(line["seconds"]) < 600 for line in lines)
+
     monkeypatch.setattr(study, "run_script", None)  # nothing is left to run
     study.main([*argv, "1"])
     assert "0 runs to do of 2" in capsys.readouterr().out
