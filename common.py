@@ -565,13 +565,12 @@ def to_images(x: np.ndarray) -> Tensor:
 
 
 def hold_out(images: dict[str, Tensor]) -> list[Tensor]:
-    """Training, validation and test images; what is not given is a tenth of the training images, the same on every
-    machine."""
-    train, missing = images["train"], [name for name in ("val", "test") if name not in images]
-    if missing:
-        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-    for name in missing:
-        images[name], train = train.tensor_split([len(images["train"]) // 10])
+    """Training, validation and test images, each in one random order (folders come by class), alike on every machine;
+    what is not given is a tenth of the training images."""
+    images = {name: x[torch.randperm(len(x), generator=Generator().manual_seed(0))] for name, x in images.items()}
+    train, tenth = images["train"], len(images["train"]) // 10
+    for name in [name for name in ("val", "test") if name not in images]:
+        images[name], train = train.tensor_split([tenth])
     return [train, images["val"], images["test"]]
 
 
