@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -39,6 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Generator, Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as image_ops
 from tqdm import tqdm
@@ -172,7 +174,8 @@ def gradient_penalty(
         with eval_mode(decoder):
             derivative = decoder.jvp(mu, u, fold)  # J u [B,C,H,W]
     else:
-        with eval_mode(decoder, bf16=False), torch.compiler.set_stance("force_eager"):
+        eager, attention = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # have a forward mode
+        with eval_mode(decoder, bf16=False), eager, attention:
             derivative = torch.func.jvp(decoder, (mu,), (u,))[1]
     return derivative.square().sum((1, 2, 3))
 
@@ -458,6 +461,8 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Own images: folders and arrays, always with three channels
 
+LIKE_A_SPLIT = r"(train(ing)?|test(ing)?|val(id(ation)?)?|dev)(?![a-z])"
+
 
 def own_images(name: str) -> Path:
     """The folder, .npy or .npz that a data set's name is the path of. Raises UserError."""
@@ -476,7 +481,7 @@ def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
         found = "/ and ".join(splits)
         raise UserError(f"{root}/ has {found}/ alone: rename them train/ test/ (val/ to test/) or train/ val/ test/")
     for child in children:
-        like_a_split = child.is_dir() and child.name.lower().startswith(("train", "test", "val", "dev"))
+        like_a_split = child.is_dir() and re.match(LIKE_A_SPLIT, child.name.lower())
         if child.name not in splits and not child.name.startswith(".") and (splits or like_a_split):
             raise UserError(
                 f"{child} is none of train/ val/ test/: rename or move it, or it would be left out or pooled"
@@ -653,6 +658,8 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     data, defaults = args.dataset, DEFAULTS.get(args.dataset, OWN)
     if defaults is OWN:
         own = own_images(data).resolve()
+        if own in Path(args.out, script).resolve().parents:
+            raise UserError(f"--out {args.out} is below {own}/: its pictures would become images, give another folder")
         args.dataset, data = str(own), f"own-{own.name if own.is_dir() else own.stem}"  # found from anywhere
     name = [script, data]
     for flag, value in list(vars(args).items()):
@@ -664,9 +671,9 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     args.script, args.data, args.ranks = script, data, WORLD_SIZE
     args.name = "-".join(name).encode()[:200].decode(errors="ignore") + f"-seed{args.seed}"
     args.channels, args.flip = defaults["channels"], defaults["flip"]
-    command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if LAUNCHED else ["python"]
+    python, file = (sys.orig_argv[0], sys.argv[0]) if argv is None else ("python", parser.prog)  # as it was started
+    command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if LAUNCHED else [python]
     again = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--resume"]
-    file = sys.argv[0] if argv is None else parser.prog  # as it was started
     args.command = shlex.join([*command, file, *again, "--resume"])
     return args
 
@@ -742,6 +749,9 @@ def cli(main) -> None:
         if isinstance(error, OSError) and error.filename is None:
             raise
         print(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: error: out of memory: lower --batch-size or --k", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -855,7 +865,7 @@ def rank_zero_first():
 @torch.no_grad()
 def average_over_ranks(tensors: list[Tensor]) -> None:
     """Replace tensors of one dtype by their mean over the ranks, in one all-reduce."""
-    if dist.is_initialized():
+    if tensors and dist.is_initialized():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, mean in zip(tensors, flat.div_(WORLD_SIZE).split([t.numel() for t in tensors]), strict=True):
@@ -915,7 +925,7 @@ def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namesp
     if outputs.shape != x.shape or not outputs.abs().max() <= 1 or sigmoid:
         found = f"{list(outputs.shape)} from {outputs.min():.3g} to {outputs.max():.3g}"
         raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
-    with explained("the nets cannot be trained by this loss"):
+    with explained("the nets cannot be trained by this loss (README, Your own nets)"):
         loss(encoder, decoder, x, args)["loss"].backward()
 
 
@@ -973,8 +983,9 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(state)
         if state[0]:
-            for name in ("model", "optimizer", "scheduler"):
-                getattr(self, name).load_state_dict(state[0][name])
+            with explained(f"{self.dir / 'last.pt'} does not fit these nets, give another --out"):
+                for name in ("model", "optimizer", "scheduler"):
+                    getattr(self, name).load_state_dict(state[0][name])
             self.epoch, self.best, self.history = (state[0][name] for name in ("epoch", "loss", "history"))
         elif RANK == 0:
             self._save(improved=True)  # from here on there is always a checkpoint to resume from
@@ -982,7 +993,8 @@ class Run:
             print(f"if it is stopped, it goes on by: {args.command}")
             print("{}: {} training, {} validation and {} test images".format(args.data, *args.images))
             ranks = f" ({args.ranks} ranks)" * (args.ranks > 1)
-            print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/", flush=True)
+            begin = f"goes on after epoch {self.epoch}" if state[0] else "a new run"
+            print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/: {begin}", flush=True)
 
     def _open(self) -> dict | None:
         """Make the folder this process's own; the last checkpoint in it, or None. Raises UserError for another's."""

@@ -237,8 +237,8 @@ def read_side(path: Path, load_features, batch_size: int) -> tuple[np.ndarray, n
             if {"mu", "sigma"} <= saved.keys():
                 source = f" of {saved['source']}" if "source" in saved else ""
                 words = f"{path.name} (saved statistics{source})"
-                return saved["mu"], saved["sigma"], words, str(saved.get("features", ""))
-            if "train" not in saved and len(saved) > 1:
+                return saved["mu"].astype(float), saved["sigma"].astype(float), words, str(saved.get("features", ""))
+            if "train" not in saved and len(saved) != 1:
                 raise UserError(f"it has the arrays {' '.join(saved)}, not mu and sigma, train, or one alone")
             images, read = common.to_images(saved.get("train", next(iter(saved.values())))), lambda image: image
     features, outputs, sizes = load_features(), [], set()
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> float | None:
     add("b", type=Path, metavar="B", help="the same; with --save-stats a new .npz to write")
     add("--save-stats", action="store_true", help="write the statistics of A to B")
     names = "imagenet or tf (Inception's weights), lite0 (no download), or a state dict on disk"
-    add("--fid", default="imagenet", metavar="FEATURES", help=names)
+    add("--fid", metavar="FEATURES", help=f"{names} (default: imagenet)")
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root")
     add("--batch-size", type=int, default=BATCH, help="images a batch")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
@@ -272,13 +272,18 @@ def main(argv: list[str] | None = None) -> float | None:
     if args.save_stats and (args.b.suffix != ".npz" or args.b.exists()):
         raise UserError(f"--save-stats writes an .npz file that is not there yet, not {args.b}")
     device = common.resolve_device(args.device)
-    load = cache(lambda: picture_features(args.fid).to(device))
+    load = cache(lambda: picture_features(args.fid or "imagenet").to(device))
     *a, source, features = read_side(args.a, load, args.batch_size)
     if args.save_stats:
         save_arrays(args.b, mu=a[0], sigma=a[1], source=source, features=features)
         print(f"wrote {args.b}: {source}, {features}")
         return None
     *b, other, others = read_side(args.b, load, args.batch_size)
+    if args.fid and not load.cache_info().currsize:
+        raise UserError(f"--fid {args.fid}: both are saved statistics, whose features are what they are")
+    if not args.fid and bool(features) != bool(others):
+        unnamed = args.b if features else args.a
+        raise UserError(f"{unnamed} does not name its features: give the --fid that made it (pytorch-fid's: tf)")
     if features and others and features != others:
         raise UserError(f"{args.a} was made with {features}, {args.b} with {others}: they cannot be compared")
     distance = frechet_distance(*a, *b, args.fid_method)

@@ -403,7 +403,8 @@ class Own(nn.Linear):  # a net of one's own: what `function` makes of a linear l
         return self.function(super().forward(x.flatten(1)))
 
 
-UNTRAINED, SCALE, IMAGES = "the nets cannot be trained by this loss: ", r"scale is .*exp\(logvar", r"images are .*tanh"
+UNTRAINED = r"the nets cannot be trained by this loss \(README, Your own nets\): "
+SCALE, IMAGES = r"scale is .*exp\(logvar", r"images are .*tanh"
 OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the message
     (lambda m, h: [m, h.exp()], torch.tanh, "returns a list"), (lambda m, h: (m, h - 9), torch.tanh, SCALE),  # log σ²
     (lambda m, h: (m, torch.diag_embed(h - 9)), torch.tanh, SCALE),
@@ -411,7 +412,8 @@ OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the me
     (lambda m, h: (m, h[:, :1].exp()), torch.tanh, SCALE), (None, torch.sigmoid, IMAGES),
     (None, lambda h: 3 * h, IMAGES), (None, lambda h: h.tanh().expand(-1, 3, -1, -1), IMAGES),
     (None, lambda h: torch.utils.checkpoint.checkpoint(torch.tanh, h, use_reentrant=True), UNTRAINED),
-    (None, torch.tanh, None), (None, lambda h: 0 * h, None),  # as of a last layer that starts at zero
+    (None, torch.tanh, None), (None, lambda h: nn.functional.scaled_dot_product_attention(h, h, h).tanh(), None),
+    (None, lambda h: 0 * h, None),  # as of a last layer that starts at zero
 ]  # fmt: skip
 
 
@@ -712,13 +714,13 @@ def test_celeba_is_split_by_its_partition():
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [("train val test", [20, 20, 20]), ("train test", [18, 2, 20]), ("train", [16, 2, 2]), (".", [16, 2, 2]),
-     ("cats dogs/small", [32, 4, 4]), ("a/train a/test", [32, 4, 4]), ("train/cats train/test .git", [32, 4, 4]),
+     ("valley testimony/small", [32, 4, 4]), ("a/train a/test", [32, 4, 4]), ("train/cats train/test .git", [32, 4, 4]),
      ("train val", r"train/ and val/ alone: rename them train/ test/ \(val/ to test/\) or train/ val/ test/"),
      ("val test", "val/ and test/ alone"), ("test", "test/ alone"), ("val", "val/ alone"),
      ("train extra/deep", "pictures/extra is none of train/ val/ test/: rename or move it"),
      ("train test .", r"pictures/080\.png is none"), ("train valid test", "pictures/valid is none"),
      ("Training", "pictures/Training is none"), ("cats TEST", "pictures/TEST is none"),
-     ("cats validation", "pictures/validation is none"), ("cats dev-set", "pictures/dev-set is none"),
+     ("cats validation_1", "pictures/validation_1 is none"), ("cats dev-set", "pictures/dev-set is none"),
      ("hidden/.cache", "pictures/ has no images that PIL opens")],
 )  # fmt: skip
 def test_folders_are_split_as_they_say_or_refused(folders, expected):
@@ -847,6 +849,8 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--dataset nosuch", "neither digits, .* nor a"), ("--dataset few.npy", r"9 training, 0 .* of 10 a tenth"),
         (f"--dataset {n}", "name too long"), (f"--out {n}", "name too long"), ("--out notes.txt/b", "notes.txt/b"),
         ("--dataset empty", "empty/ has no images"), ("--dataset broken", r"cannot read .*broken/003\.png"),
+        ("--dataset broken --out broken", "--out broken is below .*/broken/: its pictures would become images"),
+        ("--dataset . --resume", r"--out runs is below .*, give another folder"),
         ("--dataset celeba", "put the folder img_align_celeba"), ("--sigma-points best", "choice: 'best'"),
         ("--dataset cifar10", rf"put cifar-10-python\.tar\.gz into {none}"), ("--image-size 48", "48"),
         ("--dataset fashion_mnist", f"put FashionMNIST/raw/ .*four -ubyte.gz into {none}"), ("--nosuch 1", "nosuch"),
@@ -903,7 +907,8 @@ def test_a_run_is_named_by_its_data_the_flags_that_are_not_the_default_and_its_s
     assert args.name.endswith("-seed0") and 200 <= len(args.name.encode()) <= 210
     assert [args.dataset, args.out, args.data_dir] == [str(tmp_path / name) for name in (long, "out", "data")]
     monkeypatch.setattr(sys, "argv", ["../code/uae.py", "--k", "2"])
-    assert uae.arguments().command == "python ../code/uae.py --k 2 --resume"
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "-O", *sys.argv])
+    assert uae.arguments().command == ".venv/bin/python ../code/uae.py --k 2 --resume"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -994,7 +999,9 @@ def test_a_finished_run_is_measured_again(finished, capsys):
     first = json.loads((finished / "results.json").read_text())
     second = train("--resume", "--fid", "b", "--fid-method", "eigh")
     assert list(second["distances"]) == ["a", "b"] and second["distances"]["a"] == first["distances"]["a"]
-    assert second["distances"]["b"]["method"] == "eigh" and "FD-Small sample" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert second["distances"]["b"]["method"] == "eigh" and "FD-Small sample" in printed
+    assert printed.count(": a new run\n") == 1 and printed.count(": goes on after epoch 3\n") == 2
     for change, kept in (({}, ["a", "b", "c"]), ({"validation_mse": 0.5}, ["d"])):  # another figure: other weights
         (finished / "results.json").write_text(json.dumps(second | change))
         assert list(train("--resume", "--fid", kept[-1])["distances"]) == kept
@@ -1075,6 +1082,9 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     refused(r"cannot read .*last\.pt as a checkpoint", train, "--resume")
     refused(r"cannot read .*best\.pt as a checkpoint", common.load_trained, finished, uae.nets)
     torch.save(last, finished / "last.pt")
+    nets = uae.nets
+    with mock.patch.object(uae, "nets", lambda args: nets(Namespace(**{**vars(args), "latent_dim": 5}))):
+        refused(r"last\.pt does not fit these nets, give another --out: .*size mismatch", train, "--resume")
     finished.rename(Path("runs", uae.arguments([*SMALL, "--k", "4", "--lr", "0.1"]).name))
     refused(r"k is 4, was 8; .*lr is 0\.1, was 0\.005; ", train, "--k", "4", "--lr", "0.1", "--resume")
     the_one("runs").rename(Path("runs", vae.arguments(SMALL).name))
@@ -1117,7 +1127,7 @@ def test_a_failing_write_keeps_the_old_file(finished, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(UserError("x"), 2), (OSError(2, "gone", "x"), 2), (KeyboardInterrupt(), 130),
+    [(UserError("x"), 2), (OSError(2, "gone", "x"), 2), (torch.OutOfMemoryError("x"), 2), (KeyboardInterrupt(), 130),
      (OSError("of no file"), None), (RuntimeError(), None), (ValueError(), None)],
 )  # fmt: skip
 def test_what_ends_a_command_and_what_is_noted_once(error, code, capsys):
@@ -1240,7 +1250,7 @@ def measured_by_a_rank():
     parts = list(common.epoch_batches(images, 10, seed=1)), list(common.validation_batches(images, 7))
     found["seen"] = [common.to_uint8(torch.cat(part)).flatten().tolist() for part in parts]
     statistics = [buffer.fill_(rank) for buffer in model.buffers() if buffer.is_floating_point()]
-    with common.validating(model, 0):
+    with common.validating(nn.Linear(1, 1), 0), common.validating(model, 0):  # the first has no buffers
         found["buffers"] = {buffer.mean().item() for buffer in statistics}
     run = mock.Mock(device=torch.device("cpu"), logged=[({"loss": torch.tensor([1.0, 5.0][rank])}, [3, 1][rank])])
     found["mean"] = common.Run.means(run)["loss"]
@@ -1319,12 +1329,17 @@ def test_fid_compares_folders_arrays_and_statistics(finished, monkeypatch, capsy
     assert measure("a", "saved.npz", "--save-stats") is None
     assert measure("saved.npz", "b", "--fid-method", "eigh") == pytest.approx(measure("a", "b"), rel=1e-4)
     assert "saved.npz (saved statistics of a (30 images, 2 sizes))" in capsys.readouterr().out
+    for pair in (["a", "both.npz"], ["both.npz", "a"]):
+        refused(r"both\.npz does not name its features: give the --fid that made it", fid.main, pair)
+    assert fid.main(["both.npz", "both.npz"]) == pytest.approx(0, abs=1e-6)
     Path("nothing").mkdir(), np.savez("odd.npz", one=grey, two=grey), np.save("float.npy", grey / 255)
+    np.savez("text.npz", mu=["a"], sigma=[["b"]]), np.savez("void.npz")
     for flags, message in (
         ("saved.npz b --fid y", r"saved\.npz was made with FD-Small x .* with FD-Small y .*cannot be compared"),
         (f"{finished} b", r"is a run: .*reconstruction\.npz \(--save-images\)"), ("a c", "c is neither a"),
         ("odd.npz a", r"odd\.npz: it has the arrays one two"), ("float.npy a", r"float\.npy: float64 \[30, 16, 16"),
         ("a x.txt --save-stats", r"writes an \.npz .*not .*x\.txt"), ("a odd.npz --save-stats", r"yet, not .*odd\.npz"),
-        ("nothing a", "nothing/ has no images"),
+        ("nothing a", "nothing/ has no images"), ("text.npz a", r"cannot read .*text\.npz: could not convert string"),
+        ("saved.npz both.npz", "--fid x: both are saved statistics"), ("void.npz a", r"void\.npz: it has the arrays ,"),
     ):  # fmt: skip
         refused(message, measure, *flags.split())

@@ -89,7 +89,7 @@ def timed(device: torch.device, function: Callable, *inputs: Tensor) -> float:
 
 def matmul_peak(args: argparse.Namespace, device: torch.device) -> float:
     """FLOP/s of the best of a few matrix products in the precision of the nets, by either of torch's two libraries."""
-    side = 8192 if device.type == "cuda" else 2048
+    side = 8192 if device.type == "cuda" else 512
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else None)
     image, kernel = a.view(1, 64, -1, side).permute(0, 3, 1, 2), a.view(side, side, 1, 1)
     times = [timed(device, torch.matmul, a, a) for _ in range(5)]
@@ -142,6 +142,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parser.error(f"--stock {own.stock}: give 3 or more, for a spread")
     script = importlib.import_module(name)
     args = script.arguments(rest)
+    if args.batch_size < 2:
+        parser.error(f"--batch-size {args.batch_size}: give 2 or more, for batch norm")
     args.steps = own.steps
     device, shape = common.start(args), [args.channels, args.image_size, args.image_size]
     scripts = [script, stock(script)] if own.stock else [script]

@@ -29,6 +29,7 @@ ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "U
 MEASURED = {"validation_mse": ("MSE", 5), "collapsed_dimensions": ("Collapsed", 1), "mean_variance": ("Variance", 3)}
 # differ between runs of one row: the seed, where a run was and how it was started; the label follows from the others
 IGNORED = common.UNNAMED | {"command", "name", "label"}
+WORDS = {"label", "command", "torch", "commit", "error"}  # columns of paper.study that are no numbers
 
 
 class Result(NamedTuple):
@@ -86,6 +87,9 @@ def read_results(file: Path) -> tuple[str, list[dict[str, str]]]:
         setting, rows = lines.readline().removeprefix("# ").strip(), list(csv.DictReader(lines))
         if not rows or not {"label", "seed", "command", "validation_mse", "error"} <= rows[0].keys():
             raise ValueError("other columns")
+        if "--dataset " not in setting:
+            raise ValueError("its first line is no setting")
+        _ = [float(row[name] or 0) for row in rows for name in rows[0] if name not in WORDS]
     return setting, rows
 
 
@@ -119,6 +123,7 @@ def read_run(file: Path) -> Result:
                  for name, value in args.items() if name not in IGNORED}  # fmt: skip
         features = {name: f"{found['metric']} {name}" for name, found in measured.items()}
         shown["fid"] = " ".join(f"{name} {found['hash'][:6]} {found['method']}" for name, found in measured.items())
+        shown["fid"] = shown["fid"] or "none"
         distances = {features[name]: [float(found[kind]) for kind in KINDS] for name, found in measured.items()}
         figures = {name: float(content[name]) for name in MEASURED if name in content}
         title = ", ".join([content["data"], *features.values(), f"{counts['test']} test images"])

@@ -108,10 +108,12 @@ def test_the_table_of_a_study(tmp_path, capsys):
     assert header == "| Model | FDC | MSE | Collapsed | Variance | Seeds | Paper |"
     numbers = "65.00 ± 7.07 / 130.0 ± 14.1 / 435.0 ± 7.1 | 0.06500 ± 0.00707 | 65.0 ± 7.1 | 65.000 ± 7.071 | 2"
     assert vae == f"| VAE 8x | {numbers} | 44.29 / 48.73 / 61.99 |"
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for module in (table, claims, agreement):
-        with pytest.raises(UserError, match=r"other\.csv has no results of paper\.study"):
-            module.main([str(tmp_path / "other.csv")])
+    good, other = file.read_text(), tmp_path / "other.csv"
+    for text in ("a,b\n1,2\n", good.replace("--dataset", "--data"), good.replace(",0.06,", ",zero,")):
+        other.write_text(text)
+        for module in (table, claims, agreement):
+            with pytest.raises(UserError, match=r"other\.csv has no results of paper\.study: "):
+                module.main([str(other)])
 
 
 def test_the_picture_shows_each_rows_mean_and_spread_against_the_papers_number(tmp_path):

@@ -69,7 +69,7 @@ def test_the_benchmark_prints_what_it_measured_and_writes_nothing(capsys, monkey
     assert not list(Path().iterdir())
     for arguments, message in (
         (["nosuch.py"], "nosuch.py"), (["uae.py", "--steps", "0"], "--steps 0"), ([], "script"),
-        (["uae.py", "--stock", "2"], "--stock 2: give 3"),
+        (["uae.py", "--stock", "2"], "--stock 2: give 3"), (["uae.py", "--batch-size", "1"], "--batch-size 1: give 2"),
     ):  # fmt: skip
         with pytest.raises(SystemExit, match="2"):
             benchmark.main(arguments)
