@@ -119,7 +119,7 @@ def arguments(argv: list[str] | None = None) -> list[Namespace]:
     if common.LAUNCHED:
         raise UserError("paper.gradient_noise runs in one process, without torchrun")
     flags = ["--k", "2", "--sigma-points", "pairs", *rest]
-    settings = [ut_vae.arguments([*flags, "--seed", str(seed)]) for seed in ours.seeds]
+    settings = [ut_vae.arguments([*flags, "--seed", str(seed)]) for seed in dict.fromkeys(ours.seeds)]
     if settings[0].epochs == 0:
         raise UserError("--epochs 0: gradients are measured after each epoch, give 1 or more")
     return settings
