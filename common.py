@@ -745,13 +745,12 @@ def cli(main) -> None:
         keep_memory()
     try:
         main()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "out of memory, lower --batch-size or --k"
         print(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: error: out of memory: lower --batch-size or --k", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1134,7 +1134,8 @@ def test_what_ends_a_command_and_what_is_noted_once(error, code, capsys):
     with pytest.raises(SystemExit if code else type(error)) as stop:
         common.cli(mock.Mock(side_effect=error))
     assert getattr(stop.value, "code", None) == code
-    capsys.readouterr()
+    out_of_memory = "error: out of memory, lower --batch-size or --k" in capsys.readouterr().err
+    assert out_of_memory == isinstance(error, torch.OutOfMemoryError)
     common.note(f"on {error!r}"), common.note(f"on {error!r}")
     assert capsys.readouterr().err == f"note: on {error!r}\n"
 
