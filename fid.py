@@ -279,9 +279,10 @@ def main(argv: list[str] | None = None) -> float | None:
         print(f"wrote {args.b}: {source}, {features}")
         return None
     *b, other, others = read_side(args.b, load, args.batch_size)
-    if args.fid and not load.cache_info().currsize:
+    used = load.cache_info().currsize  # whether there were images
+    if args.fid and not used:
         raise UserError(f"--fid {args.fid}: both are saved statistics, whose features are what they are")
-    if not args.fid and bool(features) != bool(others):
+    if used and not args.fid and not (features and others):
         unnamed = args.b if features else args.a
         raise UserError(f"{unnamed} does not name its features: give the --fid that made it (pytorch-fid's: tf)")
     if features and others and features != others:
