@@ -4,7 +4,7 @@
 
 A panel for each distance and one for the error, axes logarithmic, bars of one standard deviation over seeds. What
 colour and marker do not say of a row is written beside it where there is room, first where the orders differ most. Rows
-that the paper itself calls failures are hollow.
+that failed in the paper are hollow.
 """
 
 import re
@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 import common
 from common import UserError
 from fid import KINDS
-from paper.claims import LIKE, by_row, columns_of, failure, paper_numbers, spearman
+from paper.claims import LIKE, by_row, columns_of, failure, paper_numbers, rank_correlation
 from paper.table import DATASETS, dataset_of, png, read_results
 
 COLOURS = {  # of Okabe and Ito's palette
@@ -35,23 +35,20 @@ SIDES = [(5, 0, "left"), (-5, 0, "right"), (4, 5, "left"), (4, -5, "left"), (-4,
 
 
 class Panel(NamedTuple):
-    """What is measured, of which kind of images; our values over seeds by row, and the paper's number of each row."""
+    """What is measured, of which kind of images; our values by row and seed, and the paper's number of each row."""
 
     title: str
     kind: str
     dataset: str
-    ours: dict[str, list[float]]
+    ours: dict[str, dict[int, float]]
     theirs: list[float]
 
     def correlation(self) -> str:
-        """Spearman's, of all rows and of those that the paper does not call failures."""
-        keep = [i for i, label in enumerate(self.ours) if not failure(label)]
-        values = list(self.ours.values())
-        text = f"rank correlation {spearman(values, self.theirs)[0]:.2f}"
-        if 2 < len(keep) < len(values):
-            rest = spearman([values[i] for i in keep], [self.theirs[i] for i in keep])[0]
-            text += f", without failures {rest:.2f}"
-        return text
+        """Spearman's, of all rows and of those that did not fail in the paper."""
+        rows = "All rows", "Without the paper's failures"
+        every, rest = (rank_correlation(self.ours, self.dataset, self.kind, each) for each in rows)
+        text = f"rank correlation {every[0]:.2f}" if every else "fewer than three rows have two seeds"
+        return text + (f", without failures {rest[0]:.2f}" if rest and rest[2] < every[2] else "")
 
 
 def read_panels(file: Path) -> list[list[Panel]]:
@@ -64,7 +61,7 @@ def read_panels(file: Path) -> list[list[Panel]]:
         titles = [f"{metric}, {kind}" for kind in KINDS] + ["error (MSE)"] * (not found)
         found.append([])
         for i, (title, column) in enumerate(zip(titles, distances + error, strict=False)):
-            ours = {k: list(v.values()) for k, v in by_row(lines, column).items() if paper_numbers(dataset, k)}
+            ours = {k: v for k, v in by_row(lines, column).items() if paper_numbers(dataset, k)}
             if len(ours) < 3:
                 raise UserError(f"{file}: {len(ours)} rows have numbers of the paper, three are needed")
             theirs = [paper_numbers(dataset, label)[i % 3] for label in ours]
@@ -84,10 +81,10 @@ def describe(label: str, dataset: str) -> tuple[str, str, str]:
 def draw(axes: Axes, panel: Panel) -> None:
     """The values of each row over seeds against the paper's number."""
     axes.set(xscale="log", yscale="log")
-    for (label, values), x in zip(panel.ours.items(), panel.theirs, strict=True):
+    for (label, by_seed), x in zip(panel.ours.items(), panel.theirs, strict=True):
         model, points, _ = describe(label, panel.dataset)
         edge = "0.3" if model == "WAE-MMD" else COLOURS[model]  # yellow needs an edge
-        face = "white" if failure(label) else COLOURS[model]
+        face, values = "white" if failure(panel.dataset, label) else COLOURS[model], list(by_seed.values())
         spread = np.std(values, ddof=1) if len(values) > 1 else 0
         axes.errorbar(x, np.mean(values), spread, fmt=MARKERS[points], ms=4.5, mfc=face, mec=edge, ecolor=edge, lw=0.7)
     for axis in (axes.xaxis, axes.yaxis):
@@ -102,7 +99,7 @@ def draw(axes: Axes, panel: Panel) -> None:
 
 def write_labels(axes: Axes, panel: Panel) -> None:
     """The rest of the labels beside the points, where they touch no point and no other label."""
-    ours = [np.mean(values) for values in panel.ours.values()]
+    ours = [np.mean(list(by_seed.values())) for by_seed in panel.ours.values()]
     at = axes.transData.transform(np.column_stack([panel.theirs, ours]))
     taken, inside = [*np.hstack([at - 4, at + 4])], axes.get_window_extent().extents
     for i in np.argsort(-abs(rankdata(ours) - rankdata(panel.theirs))):
@@ -124,7 +121,8 @@ def legend(panels: list[Panel]) -> list[Line2D]:
     models, points = ({label[i] for label in labels} for i in (1, 2))
     shown = [("o", colour, colour, model) for model, colour in COLOURS.items() if model in models]
     shown += [(m, "0.4", "0.4", f"K = {k[0]}" if k else "no K") for k, m in MARKERS.items() if k in points]
-    shown += [("o", "white", "0.4", "the paper's failures")] * any(failure(label) for label, *_ in labels)
+    failed = any(failure(panel.dataset, label) for panel in panels for label in panel.ours)
+    shown += [("o", "white", "0.4", "the paper's failures")] * failed
     return [Line2D([], [], ls="", marker=m, mfc=face, mec=edge, label=text) for m, face, edge, text in shown]
 
 
