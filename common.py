@@ -46,6 +46,9 @@ from torchvision.transforms.v2 import functional as image_ops
 from tqdm import tqdm
 
 HEURISTICS = ("random", "pairs", "largest")
+# Whether torchrun started this process (WORLD_SIZE alone says nothing: clusters export it everywhere)
+LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
+RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if LAUNCHED else (0, 1)
 LOGVAR_LIMIT = 20.0  # |log σ²| beyond this is no posterior, only an overflow of exp at the paper's learning rate
 
 
@@ -91,20 +94,17 @@ def sample_sigma_points(
     """
     B, n = mu.shape
     check_sigma_points(k, n, kappa)
+    # place [B,K] in the order of `sigma_points`: 0 is the mean, i is mean + column i, n+i is mean - column i
     if heuristic == "random":  # the K largest of 2n+1 uniform numbers are K places without replacement
-        place = torch.rand(B, 2 * n + 1, device=mu.device, generator=generator).topk(k).indices  # [B,K] in 0..2n
-        axis = (place - 1) % n
-        sign = (place > 0).to(mu.dtype) - 2 * (place > n).to(mu.dtype)  # 0 for the mean, +1 or -1 for the columns
+        place = torch.rand(B, 2 * n + 1, device=mu.device, generator=generator).topk(k).indices
     elif heuristic in HEURISTICS:
         lengths = scale if scale.dim() == 2 else scale.norm(dim=1)  # of the columns of L [B,n]
         score = lengths if heuristic == "largest" else torch.rand(B, n, device=mu.device, generator=generator)
-        axis = score.topk(k // 2).indices.repeat(1, 2)
-        sign = torch.ones_like(axis, dtype=mu.dtype)
-        sign[:, k // 2 :] = -1
-        if k % 2:
-            axis, sign = F.pad(axis, (1, 0)), F.pad(sign, (1, 0))  # a sign of 0 is the mean
+        plus = 1 + score.topk(k // 2).indices
+        place = F.pad(torch.cat([plus, plus + n], dim=1), (k % 2, 0))  # an odd K adds the mean
     else:
         raise UserError(f"heuristic {heuristic!r}: choose from {', '.join(HEURISTICS)}")
+    axis, sign = (place - 1) % n, (place > 0).to(mu.dtype) - 2 * (place > n).to(mu.dtype)
     step = math.sqrt(kappa + n) * sign  # [B,K]
     if scale.dim() == 2:  # column i of a diagonal L has one entry
         offsets = mu.new_zeros(B, k, n).scatter(2, axis.unsqueeze(2), (step * scale.gather(1, axis)).unsqueeze(2))
@@ -270,7 +270,14 @@ class Decoder(nn.Module):
             layers += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c_out), nn.LeakyReLU(inplace=True)]
         self.rest = nn.Sequential(*layers, nn.ConvTranspose2d(hidden[-1], channels, 3, padding=1))
-        self.built = repr(self)
+        self.built = repr(self)  # `jvp` knows these layers alone
+
+    def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            fold = self.fold(z) if fold is None else fold
+            return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
+
+    # The same, faster
 
     def fold(self, z: Tensor, penalty: bool = False) -> tuple[Tensor, Tensor] | None:
         """A [n, 16·16·hidden] and a [16·16·hidden] of the affine map, or None where that would not pay.
@@ -293,11 +300,6 @@ class Decoder(nn.Module):
             return self.first(h.unflatten(1, (-1, 8, 8)))
         h = torch.addmm(fold[1], z, fold[0]) if bias else z @ fold[0]
         return h.unflatten(1, (16, 16, -1)).permute(0, 3, 1, 2)
-
-    def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            fold = self.fold(z) if fold is None else fold
-            return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
 
     def jvp(self, z: Tensor, u: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z (forward-mode differentiation), in evaluation mode.
@@ -401,10 +403,10 @@ def _fashion_mnist(data_dir: Path) -> tuple[tuple[Tensor, ...], Tensor]:
     return splits, train.targets[:50_000]
 
 
-def _cifar10(data_dir: Path) -> tuple[tuple[Tensor, ...], Tensor]:
-    train, test = _torchvision(datasets.CIFAR10, data_dir, "cifar-10-python.tar.gz")
-    images, test_images = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test))
-    return (*images.split([40_000, 10_000]), test_images), torch.tensor(train.targets[:40_000])
+def _cifar10(data_dir: Path) -> tuple[tuple[Tensor, ...], None]:
+    found = _torchvision(datasets.CIFAR10, data_dir, "cifar-10-python.tar.gz")
+    images, test_images = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in found)
+    return (*images.split([40_000, 10_000]), test_images), None
 
 
 def _torchvision(kind: type, data_dir: Path, files: str) -> list:
@@ -498,8 +500,7 @@ def is_image(file: Path) -> bool:
 def image_files(folder: Path) -> list[Path]:
     """All image files below a folder, sorted by name, without hidden ones; notes other files. Raises UserError if there
     are none."""
-    below = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)  # links are followed
-    files = sorted(map(Path, below))
+    files = sorted(map(Path, glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)))  # links are followed
     images = [file for file in files if is_image(file)]
     others = [file.name for file in files if not is_image(file) and not file.is_dir()]
     if not images:
@@ -523,7 +524,7 @@ def read_image(file: Path) -> Tensor:
             image = Image.fromarray((grey / 257).round().astype(np.uint8))
         if image.mode in ("I", "F"):
             raise UserError(f"mode {image.mode} has no fixed range, save 8 bits a channel")
-        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -582,7 +583,7 @@ def hold_out(images: dict[str, Tensor]) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments and files
 
-MAY_BE_ZERO = {"seed", "seeds", "epochs", "beta", "gamma"}
+MAY_BE_ZERO = {"seed", "epochs", "beta", "gamma"}
 UNNAMED = {"dataset", "out", "seed", "resume", "device", "data_dir", "fid", "fid_method", "compile", "save_images"}
 
 
@@ -600,13 +601,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         args = super().parse_args(argv)
-        for name, value in vars(args).items():
-            zero = name in MAY_BE_ZERO
-            for x in value if isinstance(value, list) else [value]:
-                if type(x) in (int, float) and not (0 < x < math.inf or (zero and x == 0) or name == "kappa"):
-                    self.error(
-                        f"--{name.replace('_', '-')} {x}: give a finite number {'of at least' if zero else 'above'} 0"
-                    )
+        for name, x in vars(args).items():
+            least = "of at least" if name in MAY_BE_ZERO else "above"
+            fits = type(x) not in (int, float) or 0 < x < math.inf or (x == 0 and name in MAY_BE_ZERO)
+            if not fits and name != "kappa":
+                self.error(f"--{name.replace('_', '-')} {x}: give a finite number {least} 0")
         return args
 
     def error(self, message: str) -> None:
@@ -769,9 +768,6 @@ def keep_memory() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks (torchrun), device, precision, random streams
 
-# Whether torchrun started this process (WORLD_SIZE alone says nothing: clusters export it everywhere)
-LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
-RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if LAUNCHED else (0, 1)
 STREAMS = ("weights", "noise", "shuffle", "validation", "mixture", "pairs")
 
 
@@ -893,9 +889,6 @@ def progress(description: str, total: int, items=None) -> tqdm:
 # ---------------------------------------------------------------------------------------------------------------------
 # A run: its folder, its checkpoints, its metrics
 
-# Arguments that may differ from those of the run that --resume goes on with
-MAY_DIFFER = UNNAMED - {"seed"} | {"command"}
-
 
 def posterior(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Mean [B,n] and scale of an encoder's posterior; of a deterministic encoder z and None. Raises UserError."""
@@ -1011,7 +1004,8 @@ class Run:
         state = load_checkpoint(last)
         with explained(f"cannot go on with {last}"):
             now, then = vars(self.args), state["args"]
-            may_differ = MAY_DIFFER | ({"precision", "ranks"} if state["epoch"] >= now["epochs"] else set())
+            may_differ = UNNAMED - {"seed"} | {"command"}
+            may_differ |= {"precision", "ranks"} if state["epoch"] >= now["epochs"] else set()
             names = [n for n in sorted((now.keys() | then.keys()) - may_differ) if now.get(n) != then.get(n)]
             if names:
                 differ = "; ".join(f"{name} is {now.get(name)}, was {then.get(name)}" for name in names)

@@ -219,12 +219,12 @@ def picture_features(name: str) -> Features:
 # The command
 
 
-def read_side(path: Path, load_features, batch_size: int) -> tuple[np.ndarray, np.ndarray, str, str]:
+def read_side(path: Path, get_features, batch_size: int) -> tuple[np.ndarray, np.ndarray, str, str]:
     """mu, sigma, a few words on their source, and metric, name and hash of the features or "" where they are not known:
     of a folder of images, of an .npy or .npz with images (`train`, or its only array), or of an .npz with `mu` and
     `sigma`, which win over images beside them.
 
-    load_features() gives the features, and is called where there are images. Raises UserError naming what is broken.
+    get_features() gives the features, and is called where there are images. Raises UserError naming what is broken.
     """
     if (path / "args.json").exists():
         raise UserError(f"{path}/ is a run: its pictures are grids, give its reconstruction.npz (--save-images)")
@@ -241,7 +241,7 @@ def read_side(path: Path, load_features, batch_size: int) -> tuple[np.ndarray, n
             if "train" not in saved and len(saved) != 1:
                 raise UserError(f"it has the arrays {' '.join(saved)}, not mu and sigma, train, or one alone")
             images, read = common.to_images(saved.get("train", next(iter(saved.values())))), lambda image: image
-    features, outputs, sizes = load_features(), [], set()
+    features, outputs, sizes = get_features(), [], set()
     with common.progress(f"features of {path.name}", len(images)) as bar:
         for start in range(0, len(images), batch_size):
             batch = [read(image) for image in images[start : start + batch_size]]
