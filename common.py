@@ -101,10 +101,10 @@ def sample_sigma_points(
         lengths = scale if scale.dim() == 2 else scale.norm(dim=1)  # of the columns of L [B,n]
         score = lengths if heuristic == "largest" else torch.rand(B, n, device=mu.device, generator=generator)
         plus = 1 + score.topk(k // 2).indices
-        place = F.pad(torch.cat([plus, plus + n], dim=1), (k % 2, 0))  # an odd K adds the mean
+        place = F.pad(torch.cat([plus, plus + n], dim=1), (k % 2, 0))
     else:
         raise UserError(f"heuristic {heuristic!r}: choose from {', '.join(HEURISTICS)}")
-    axis, sign = (place - 1) % n, (place > 0).to(mu.dtype) - 2 * (place > n).to(mu.dtype)
+    axis, sign = (place - 1) % n, (place > 0).to(mu.dtype) - 2 * (place > n).to(mu.dtype)  # the mean's sign is 0
     step = math.sqrt(kappa + n) * sign  # [B,K]
     if scale.dim() == 2:  # column i of a diagonal L has one entry
         offsets = mu.new_zeros(B, k, n).scatter(2, axis.unsqueeze(2), (step * scale.gather(1, axis)).unsqueeze(2))
@@ -166,7 +166,7 @@ def gradient_penalty(
     """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian at mu (Eq. 12, 16).
 
     mu [B,n] -> [B]: E‖J u‖² = ‖J‖²_F for u ~ N(0, I) over latents (Hutchinson), by forward-mode differentiation; any
-    decoder will do, in float32; `fold` is for this file's. Batch norm uses its running statistics and leaves them
+    decoder will do, in float32; `fold` is for `Decoder`. Batch norm uses its running statistics and leaves them
     alone, so J is the Jacobian of a single image's decoding.
     """
     u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
@@ -174,7 +174,7 @@ def gradient_penalty(
         with eval_mode(decoder):
             derivative = decoder.jvp(mu, u, fold)  # J u [B,C,H,W]
     else:
-        eager, attention = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # have a forward mode
+        eager, attention = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # of own decoders
         with eval_mode(decoder, bf16=False), eager, attention:
             derivative = torch.func.jvp(decoder, (mu,), (u,))[1]
     return derivative.square().sum((1, 2, 3))
@@ -249,7 +249,7 @@ class GaussianHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z [M,n] -> images [M,C,H,W] in (-1,1): linear to 8×8, 4×4 stride-2 transposed convolutions, tanh (Table 4).
+    """z [M,n] -> images [M,C,H,W] in (-1,1): linear to 8×8, stride-2 transposed convolutions, a 3×3, tanh (Table 4).
 
     Nothing non-linear stands between the linear layer and the first transposed convolution: together they are one
     affine map z -> z A + a. `fold` multiplies it out, at the cost of n+1 transposed convolutions, and each of the M
@@ -642,7 +642,7 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="of the nets (default: bf16 on CUDA that has it)")
     add("--compile", action="store_true", help="torch.compile the nets")
-    names = "imagenet, tf, lite0, lite0@PIXELS, classifier, a state dict on disk, or none"
+    names = "imagenet, tf (the original FID's), lite0, lite0@PIXELS, classifier, a state dict on disk, or none"
     add("--fid", nargs="+", metavar="FEATURES", help=f"features of the distances: {names}" + by_data("fid"))
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root of the Fréchet distance")
     add("--save-images", action="store_true", help="write the evaluated and the test images too, as .npz")
@@ -651,7 +651,8 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse, and fill in what the data set gives for flags that are not given, and the run's name."""
+    """Parse, and fill in what the data set gives for flags that are not given, and the run's name; `start` adds the
+    precision, `load_data` how many images there are."""
     args, script = parser.parse_args(argv), Path(parser.prog).stem
     args.data_dir, args.out = (str(Path(path).expanduser()) for path in (args.data_dir, args.out))
     data, defaults = args.dataset, DEFAULTS.get(args.dataset, OWN)

@@ -312,7 +312,7 @@ COLLAPSED = 0.9  # mean variance from which a dimension is called so: the prior'
 
 
 def load_features(args: argparse.Namespace, data: common.Dataset) -> list[Features]:
-    """The features that --fid names, none for `none`: whatever is missing or unfit is missed before training."""
+    """The features that --fid names, none for `none`: whatever is missing or unfit is reported before training."""
     names = [name for name in args.fid if name != "none"]
     if names and (len(data.train) < COMPONENTS or min(args.images) < 2):
         raise UserError("{} training, {} validation, {} test images: too few, use --fid none".format(*args.images))
@@ -455,7 +455,7 @@ def describe(run: common.Run, data: common.Dataset, reconstructions: Tensor, bes
 
 
 def earlier_distances(file: Path, results: dict) -> dict:
-    """The distances in results.json if the other results in it are these, and so was the checkpoint; else none."""
+    """The distances in results.json if its other results equal these, so that the checkpoint is the same; else none."""
     if not file.exists():
         return {}
     with common.explained(f"cannot read {file}, remove it"):

@@ -48,7 +48,7 @@ def log_ratio(z: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
 
 
 def bound(losses: Tensor, beta: float) -> Tensor:
-    """-β log 1/K Σ_k exp(-ℓ_k / β) of losses ℓ [B,K]: -> [B]. Its gradient gives the samples softmax(-ℓ / β)."""
+    """-β log 1/K Σ_k exp(-ℓ_k / β) of losses ℓ [B,K]: -> [B]. Its gradient weighs them by softmax(-ℓ / β)."""
     return -beta * ((-losses / beta).logsumexp(1) - math.log(losses.shape[1]))
 
 

@@ -1,6 +1,6 @@
 """Unscented Autoencoder (UAE): sigma points, mean decoded image, Wasserstein metric, decoder regularisation.
 
-    L = ‖x - 1/K Σ_k D(z_k)‖² + β W₂(N(μ, Σ), N(0, I)) + γ λ_max(Σ) ‖∇_μ D(μ)‖²               (Eq. 8, 9, 12, 17, 19)
+    L = ‖x - 1/K Σ_k D(z_k)‖² + β W₂(N(μ, Σ), N(0, I)) + γ λ_max(Σ) ‖∇_μ D(μ)‖²                   (Eq. 8, 9, 12, 19)
     z_k drawn from the 2n+1 sigma points of N(μ, Σ), {μ, Σ} = E(x)                                       (Eq. 5, 9)
 
     python uae.py                                  # embedded digits, a few minutes on a CPU
@@ -8,8 +8,9 @@
     python uae.py --dataset path/to/my/images --image-size 64
     torchrun --nproc-per-node 4 uae.py --dataset celeba
 
-What the paper leaves open: ‖·‖² of images is the mean over pixels; W₂ is the metric, --regularizer w2-squared its
-square; κ = 1/2; the Jacobian's norm is a one-draw unbiased estimate. paper/README.md lists every such decision.
+What the paper leaves open: ‖·‖² of images is the mean over pixels; W₂ is the root of what Eq. 19 calls so,
+--regularizer w2-squared without it; κ = 1/2; the Jacobian's norm is a one-draw unbiased estimate. paper/README.md
+lists every such decision.
 """
 
 from argparse import Namespace

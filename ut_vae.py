@@ -9,8 +9,8 @@
     python ut_vae.py --dataset cifar10 --k 2 --per-sample            # Table 3, UT-VAE_2x†
     python ut_vae.py --dataset cifar10 --k 4 --sigma-points pairs    # Table 5, random pairs
 
-What the paper leaves open: ‖·‖² of images is the mean over pixels; KL has the ½ of footnote 4; W₂ is the metric,
---regularizer w2-squared its square; κ = 1/2. paper/README.md lists every such decision.
+What the paper leaves open: ‖·‖² of images is the mean over pixels; KL has the ½ of footnote 4; W₂ is the root
+of what Eq. 19 calls so, --regularizer w2-squared without it; κ = 1/2. paper/README.md lists every such decision.
 """
 
 from argparse import Namespace

@@ -9,8 +9,8 @@
     python vae.py --dataset cifar10 --k 2 --mean-image               # Table 3, VAE_2x†
     python vae.py --dataset cifar10 --k 2 --covariance full --gp     # Table 9, VAE-full-GP_2x
 
-What the paper leaves open: ‖·‖² of images is the mean over pixels; KL has the ½ of footnote 4; W₂ is the metric,
---regularizer w2-squared its square. paper/README.md lists every such decision.
+What the paper leaves open: ‖·‖² of images is the mean over pixels; KL has the ½ of footnote 4; W₂ is the root
+of what Eq. 19 calls so, --regularizer w2-squared without it. paper/README.md lists every such decision.
 """
 
 from argparse import Namespace

@@ -1,7 +1,7 @@
 """Wasserstein Autoencoder with the MMD penalty (WAE-MMD; Tolstikhin et al., 2018), the baseline of Table 10.
 
     L = ‖x - D(z)‖² + λ MMD²(z, N(0, I)),   z = E(x)
-    MMD² = E k(z,z') + E k(p,p') - 2 E k(z,p), unbiased, with k(a,b) = C / (C + ‖a-b‖²), C = 2n
+    MMD² = E k(z,z') + E k(p,p') - 2 E k(z,p),   p ~ N(0, I), k(a,b) = C / (C + ‖a-b‖²), C = 2n
 
     python wae_mmd.py                                        # embedded digits, a few minutes on a CPU
     python wae_mmd.py --dataset cifar10                      # Table 10, WAE-MMD with λ = 10

@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 import common
 from common import UserError
 from fid import KINDS
-from paper.claims import LIKE, by_row, columns_of, failure, paper_numbers, rank_correlation
+from paper.claims import LIKE, SUCCESSES, by_row, columns_of, failure, paper_numbers, rank_correlation
 from paper.table import DATASETS, dataset_of, png, read_results
 
 COLOURS = {  # of Okabe and Ito's palette
@@ -45,7 +45,7 @@ class Panel(NamedTuple):
 
     def correlation(self) -> str:
         """Spearman's, of all rows and of those that did not fail in the paper."""
-        rows = "All rows", "Without the paper's failures"
+        rows = "All rows", SUCCESSES
         every, rest = (rank_correlation(self.ours, self.dataset, self.kind, each) for each in rows)
         text = f"rank correlation {every[0]:.2f}" if every else "fewer than three rows have two seeds"
         return text + (f", without failures {rest[0]:.2f}" if rest and rest[2] < every[2] else "")
@@ -56,7 +56,7 @@ def read_panels(file: Path) -> list[list[Panel]]:
     setting, lines = read_results(file)
     dataset, found = dataset_of(setting), []
     columns = columns_of(lines)
-    error = columns.pop("Error")
+    error = columns.pop("Error (MSE)")
     for metric, distances in columns.items():
         titles = [f"{metric}, {kind}" for kind in KINDS] + ["error (MSE)"] * (not found)
         found.append([])
