@@ -1081,8 +1081,9 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     nets = uae.nets
     with mock.patch.object(uae, "nets", lambda args: nets(Namespace(**{**vars(args), "latent_dim": 5}))):
         refused(r"last\.pt does not fit these nets, give another --out: .*size mismatch", train, "--resume")
-    finished.rename(Path("runs", uae.arguments([*SMALL, "--k", "4", "--lr", "0.1"]).name))
-    refused(r"k is 4, was 8; .*lr is 0\.1, was 0\.005; ", train, "--k", "4", "--lr", "0.1", "--resume")
+    other = ["--k", "4", "--lr", "0.1", "--seed", "3"]
+    finished.rename(Path("runs", uae.arguments([*SMALL, *other]).name))
+    refused(r"k is 4, was 8; .*lr is 0\.1, was 0\.005; .*seed is 3, was 0\)", train, *other, "--resume")
     the_one("runs").rename(Path("runs", vae.arguments(SMALL).name))
     refused("script is vae, was uae", train, "--resume", script=vae)
     shades("own", 1)
