@@ -639,7 +639,7 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
     add("--latent-dim", type=int, help="n, dimensions of the latent space" + by_data("latent_dim"))
     add("--width", type=float, help="multiplies all hidden channels" + by_data("width"))
     add("--seed", type=int, default=0, help="of weights, shuffling, noise and evaluation")
-    add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
+    add("--device", default="auto", help="cuda, cuda:1 or cpu; auto: cuda if it is there")
     add("--precision", choices=("fp32", "tf32", "bf16"), help="of the nets (default: bf16 on CUDA that has it)")
     add("--compile", action="store_true", help="torch.compile the nets")
     names = "imagenet, tf (the original FID's), lite0, lite0@PIXELS, classifier, a state dict on disk, or none"
@@ -666,7 +666,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         default = defaults.get(flag, parser.get_default(flag))
         if value is None:
             setattr(args, flag, default)
-        elif value != default and flag not in UNNAMED:
+        elif value != default and flag not in UNNAMED | {"precision"}:  # whose default depends on the device
             name.append(flag.replace("_", "") + ("" if value is True else str(value)))
     args.script, args.data, args.ranks = script, data, WORLD_SIZE
     args.name = "-".join(name).encode()[:200].decode(errors="ignore") + f"-seed{args.seed}"
@@ -685,6 +685,8 @@ def explained(beginning: str):
         yield
     except UserError as error:
         raise UserError(f"{beginning}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{beginning}: {why}") from error
@@ -778,15 +780,15 @@ def stream_seed(seed: int, purpose: str, rank: int = 0, epoch: int = 0) -> int:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device by name; `auto` is CUDA, else Apple's MPS, else the CPU; under torchrun each rank has its own GPU."""
+    """The device by name; `auto` is CUDA if it is there, else the CPU; under torchrun each rank has its own GPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and LAUNCHED:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    with explained(f"--device {name} cannot be used (choose auto, cuda, mps or cpu)"):
+    with explained(f"--device {name} cannot be used (choose auto, cuda, cuda:1 or cpu)"):
         device = torch.empty(0, device=name).device
-        if device.type not in ("cuda", "mps", "cpu") or (device.type == "mps" and LAUNCHED):
-            raise ValueError("not supported" + " under torchrun" * LAUNCHED)
+        if device.type not in ("cuda", "cpu"):
+            raise ValueError("not supported")
         return device
 
 
@@ -794,16 +796,17 @@ def start(args: argparse.Namespace) -> torch.device:
     """Join the other ranks under torchrun, set precision and the weights' seed, return this rank's device. Raises
     UserError for a device or a precision that is not there."""
     device = resolve_device(args.device)
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    args.precision = args.precision or ("bf16" if native else "fp32")
-    if (args.precision, device.type) in (("tf32", "cpu"), ("tf32", "mps"), ("bf16", "mps")):
-        raise UserError(f"--precision {args.precision} does not exist on {device.type}: use fp32")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)  # of which the next lines ask
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.device, args.precision = str(device), args.precision or ("bf16" if native else "fp32")
+    if args.precision == "tf32" and not (cuda and torch.cuda.is_tf32_supported()):
+        raise UserError(f"--precision tf32 does not exist on {device}: use fp32")
     if LAUNCHED and not dist.is_initialized():
         backend = dist.get_default_backend_for_device(device)
         wait = timedelta(hours=6)  # as long as a slow download may take
-        dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(backend, timeout=wait, device_id=device if cuda else None)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.manual_seed(stream_seed(args.seed, "weights"))
@@ -816,7 +819,7 @@ def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device:
     if any(nn.parameter.is_lazy(tensor) for tensor in model.state_dict().values()):
         raise UserError("nets(args) has a lazy layer that knows no sizes yet: run it once there")
     model.to(device, memory_format=torch.channels_last)
-    if dist.is_initialized():
+    if LAUNCHED:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
     for net in model.modules():
@@ -851,17 +854,17 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
 @contextmanager
 def rank_zero_first():
     """Rank 0 goes through the block (downloading, caching) before the others do."""
-    if dist.is_initialized() and RANK > 0:
+    if LAUNCHED and RANK > 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and RANK == 0:
+    if LAUNCHED and RANK == 0:
         dist.barrier()
 
 
 @torch.no_grad()
 def average_over_ranks(tensors: list[Tensor]) -> None:
     """Replace tensors of one dtype by their mean over the ranks, in one all-reduce."""
-    if tensors and dist.is_initialized():
+    if tensors and LAUNCHED:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, mean in zip(tensors, flat.div_(WORLD_SIZE).split([t.numel() for t in tensors]), strict=True):
@@ -973,7 +976,7 @@ class Run:
         self.logged = []  # [(parts of the loss, images)] since the last call of `means`
         self.started, self.speed = time.perf_counter(), 0.0  # of the epoch; training images/s
         state = [self._open() if RANK == 0 else None]
-        if dist.is_initialized():
+        if LAUNCHED:
             dist.broadcast_object_list(state)
         if state[0]:
             with explained(f"{self.dir / 'last.pt'} does not fit these nets, give another --out"):
@@ -1024,8 +1027,8 @@ class Run:
                 yield x
                 done += len(x) * args.ranks
                 bar.update(len(x) * args.ranks)
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.speed = done / (time.perf_counter() - self.started)
 
     def log(self, parts: dict[str, Tensor], images: int) -> None:
@@ -1046,7 +1049,7 @@ class Run:
                 f"lower --lr; {self.dir / 'last.pt'} is the last good checkpoint"
             )
         sums = torch.cat([(values * weights[:, None]).sum(0), weights.sum()[None]])
-        if dist.is_initialized():
+        if LAUNCHED:
             sums = sums.to(self.device)
             dist.all_reduce(sums)
         return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))

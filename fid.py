@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> float | None:
     add("--fid", metavar="FEATURES", help=f"{names} (default: imagenet)")
     add("--fid-method", choices=("sqrtm", "eigh"), default="sqrtm", help="matrix square root")
     add("--batch-size", type=int, default=BATCH, help="images a batch")
-    add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first that is there")
+    add("--device", default="auto", help="cuda, cuda:1 or cpu; auto: cuda if it is there")
     args = parser.parse_args(argv)
     args.a, args.b = args.a.expanduser().resolve(), args.b.expanduser().resolve()
     for path in [args.a] if args.save_stats else [args.a, args.b]:
@@ -316,17 +316,16 @@ def load_features(args: argparse.Namespace, data: common.Dataset) -> list[Featur
     names = [name for name in args.fid if name != "none"]
     if names and (len(data.train) < COMPONENTS or min(args.images) < 2):
         raise UserError("{} training, {} validation, {} test images: too few, use --fid none".format(*args.images))
-    with common.rank_zero_first():  # downloads
-        loaded = [
-            picture_features(name).to(data.train.device)
-            if name != "classifier"
-            else classifier_features(args.data, args.data_dir)  # in float64, which MPS does not have: on the CPU
-            for name in names
-        ]
+    if common.RANK > 0:  # rank 0 evaluates
+        return []
+    loaded = [
+        classifier_features(args.data, args.data_dir) if name == "classifier" else picture_features(name)
+        for name in names
+    ]
     if len({features.name for features in loaded}) < len(loaded):
         found = ", ".join(f"{name} is {features.name}" for name, features in zip(names, loaded, strict=True))
         raise UserError(f"--fid {' '.join(names)}: {found}; give each features once")
-    return loaded
+    return [features.to(data.train.device) for features in loaded]
 
 
 def map_batches(function, inputs: Tensor, description: str, batch_size: int = 512) -> Tensor:
@@ -401,7 +400,7 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
 
     Writes the mixture, results.json and the pictures, prints the table. What the nets must be: README, Your own nets.
     """
-    if dist.is_initialized():
+    if common.LAUNCHED:
         dist.destroy_process_group()  # the other ranks are done
     if common.RANK > 0:
         return {}
@@ -455,12 +454,13 @@ def describe(run: common.Run, data: common.Dataset, reconstructions: Tensor, bes
 
 
 def earlier_distances(file: Path, results: dict) -> dict:
-    """The distances in results.json if its other results equal these, so that the checkpoint is the same; else none."""
+    """The distances in results.json if they are of the same checkpoint and images; else none."""
     if not file.exists():
         return {}
     with common.explained(f"cannot read {file}, remove it"):
         earlier = json.loads(file.read_text())
-        return earlier["distances"] if results.items() <= earlier.items() else {}
+        same = results.keys() - {"validation_mse", "mean_variance", "collapsed_dimensions"}  # differ by the device
+        return earlier["distances"] if all(results[name] == earlier.get(name) for name in same) else {}
 
 
 def distances(features: list[Features], images: dict[str, Tensor], test: Tensor, method: str) -> dict:

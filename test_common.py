@@ -526,9 +526,9 @@ def test_fdc_features_are_the_hidden_units_of_a_fitted_classifier(monkeypatch):
         features = fid.classifier_features(data)
         assert (features.metric, features.name) == ("FDC", f"{data}-mlp")
         close(features(shown), np.tanh(x @ mlp.coefs_[0] + mlp.intercepts_[0]), 1e-4)
-    elsewhere = common.Dataset(*[images[:20].to("meta")] * 3)  # as MPS, which has no float64
+    elsewhere = common.Dataset(*[images[:20].to("meta")] * 3)
     args = Namespace(fid=["classifier"], images=[20], data="digits", data_dir=".")
-    assert next(fid.load_features(args, elsewhere)[0].parameters()).device.type == "cpu"
+    assert next(fid.load_features(args, elsewhere)[0].parameters()).device.type == "meta"  # where the data are
 
 
 class Evil:  # unpickled, it makes a folder
@@ -894,6 +894,7 @@ def test_a_run_is_named_by_its_data_the_flags_that_are_not_the_default_and_its_s
         (uae, "--epochs 30 --lr 0.005 --k 8", "uae-digits-seed0"), (uae, "--k 2 --seed 3", "uae-digits-k2-seed3"),
         (vae, "--gp", "vae-digits-gp-seed0"), (iwae, "--dataset ~/x.npy", "iwae-own-x-seed0"),
         (uae, "--data-dir x --out y --fid z --device cpu --save-images --resume --compile", "uae-digits-seed0"),
+        (uae, "--precision bf16", "uae-digits-seed0"),  # as by default on CUDA: such a run goes on elsewhere
         (uae, "--dataset cifar10 --sigma-points largest", "uae-cifar10-seed0"),
         (uae, "--dataset cifar10 --sigma-points random", "uae-cifar10-sigmapointsrandom-seed0"),
         (rae, "--dataset '~/my pictures v1.0' --beta 0.1", "rae-own-my pictures v1.0-beta0.1-seed0"),
@@ -998,7 +999,8 @@ def test_a_finished_run_is_measured_again(finished, capsys):
     printed = capsys.readouterr().out
     assert second["distances"]["b"]["method"] == "eigh" and "FD-Small sample" in printed
     assert printed.count(": a new run\n") == 1 and printed.count(": goes on after epoch 3\n") == 2
-    for change, kept in (({}, ["a", "b", "c"]), ({"validation_mse": 0.5}, ["d"])):  # another figure: other weights
+    assert second["args"]["device"] == "cpu"  # for auto
+    for change, kept in (({"validation_mse": 0.5}, ["a", "b", "c"]), ({"best_validation_loss": 0.5}, ["d"])):
         (finished / "results.json").write_text(json.dumps(second | change))
         assert list(train("--resume", "--fid", kept[-1])["distances"]) == kept
     (finished / "results.json").write_text("{")
@@ -1131,6 +1133,9 @@ def test_what_ends_a_command_and_what_is_noted_once(error, code, capsys):
     with pytest.raises(SystemExit if code else type(error)) as stop:
         common.cli(mock.Mock(side_effect=error))
     assert getattr(stop.value, "code", None) == code
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError), common.explained("the nets fail"):
+            raise error
     out_of_memory = "error: out of memory, lower --batch-size or --k" in capsys.readouterr().err
     assert out_of_memory == isinstance(error, torch.OutOfMemoryError)
     common.note(f"on {error!r}"), common.note(f"on {error!r}")
@@ -1255,9 +1260,10 @@ def measured_by_a_rank():
     with common.rank_zero_first():
         time.sleep(0.3 * (rank == 0))
         found["first"] = Path("first").exists() or Path("first").touch()
-    refused(
-        "--batch-size 20: give 2 to 12, the training images of each rank", common.load_data, args, torch.device("cpu")
-    )
+    few = "--batch-size 20: give 2 to 12, the training images of each rank"
+    refused(few, common.load_data, args, torch.device("cpu"))
+    with mock.patch.object(fid, "picture_features", small_features):
+        found["features"] = len(fid.load_features(Namespace(fid=["a"], images=[20]), common.Dataset(*[images] * 3)))
 
     def stop_in_the_second_epoch(run, *parts):
         seeds.append(torch.initial_seed())
@@ -1290,6 +1296,7 @@ def test_two_ranks_train_and_evaluate_as_one_process():
     assert [len(part) for part in validation] == [51, 50] and {*validation[0], *validation[1]} == {*range(101)}
     assert zero["buffers"] == one["buffers"] == {0.5}  # batch norm's statistics: the mean over the ranks
     assert zero["mean"] == one["mean"] == 2.0  # of three images with 1 and one with 5
+    assert (zero["features"], one["features"]) == (1, 0)  # rank 0 evaluates
     assert (zero["first"], one["first"]) == (None, True) and zero["shuffles"] == one["shuffles"]
     assert plain(zero["history"]) == plain(one["history"]) and len(zero["history"]) == 3
     assert not {*zero["seeds"]} & {*one["seeds"]} and len({*zero["seeds"]}) == 3  # two epochs, validation

@@ -14,7 +14,6 @@ from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 import common
 import fid
@@ -60,6 +59,8 @@ def gather(x: Tensor) -> Tensor:
     """In training the rows of x [B,...] of all ranks, [B·ranks,...], differentiable; elsewhere x itself."""
     if common.WORLD_SIZE == 1 or not torch.is_grad_enabled():
         return x
+    from torch.distributed.nn.functional import all_gather  # not in every build of torch
+
     return torch.cat(all_gather(x))
 
 

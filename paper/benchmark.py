@@ -10,7 +10,6 @@ machines are noisy.
 
 import argparse
 import importlib.util
-import resource
 import statistics
 import sys
 import time
@@ -75,8 +74,8 @@ def training_step(script: ModuleType, args: argparse.Namespace, device: torch.de
 
 def clock(device: torch.device) -> float:
     """Seconds, when the device has done what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -101,16 +100,18 @@ def measure(script: ModuleType, args: argparse.Namespace, device: torch.device) 
     """Time the script's training step on random images: milliseconds, rates, arithmetic and peak memory."""
     x = torch.rand(args.batch_size, args.channels, args.image_size, args.image_size, device=device) * 2 - 1
     peak, step = matmul_peak(args, device), training_step(script, args, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         step(x)
     for _ in range(WARM_UP):
         step(x)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     times = [timed(device, step, x) for _ in range(args.steps)]
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:  # of the process
+        import resource  # not on Windows
+
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     seconds, points = statistics.median(times), args.batch_size * getattr(args, "k", 1)
     return {

@@ -65,7 +65,7 @@ class Row:
     def __init__(self, command: str, dataset: str, headline: bool) -> None:
         self.command, self.headline = command, headline
         self.script, *flags = command.split()
-        self.argv = [*SETTINGS[dataset].split(), *flags]
+        self.argv = [*SETTINGS[dataset].split(), *flags, "--device", "cpu"]  # in fp32, as all lines of a file
         args = importlib.import_module(self.script.removesuffix(".py")).arguments(self.argv)
         self.argv += ["--sigma-points", args.sigma_points] if "sigma_points" in args else []
         self.label = args.label + " plateau" * ("--schedule plateau" in command)

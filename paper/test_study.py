@@ -125,6 +125,7 @@ def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):
     assert table.read_results(study.ROOT / "paper/results/fashion_mnist.csv")[0] == study.SETTINGS["fashion_mnist"]
     seeds = {dataset: {len(row.seeds) for row in study.study_rows(dataset)} for dataset in ("digits", "cifar10")}
     assert seeds == {"digits": {5}, "cifar10": {3}}
+    assert vae.arguments(study.Row("vae.py", "digits", True).argv).device == "cpu"  # also where a GPU is
 
 
 def test_rows_and_seeds_choose_among_the_studys_and_add_none(capsys):
