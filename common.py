@@ -87,7 +87,7 @@ def sample_sigma_points(
 ) -> Tensor:
     """K of the 2n+1 sigma points, drawn without replacement and independently for each image (Eq. 9, Appendix C).
 
-    mu [B,n], scale [B,n] or L [B,n,n] -> [B,K,n]; only the K points asked for are built. heuristic:
+    mu [B,n], standard deviations [B,n] or L [B,n,n] -> [B,K,n]; only the K points asked for are built. heuristic:
     `random`: any of the 2n+1; `pairs`: both points of random axes; `largest`: both points of the axes with the longest
     columns of L, for a diagonal Σ its largest entries. The last two add the mean if K is odd. Raises ValueError for K
     outside 1..2n+1, kappa <= -n, or an unknown heuristic.
@@ -107,7 +107,8 @@ def sample_sigma_points(
     axis, sign = (place - 1) % n, (place > 0).to(mu.dtype) - 2 * (place > n).to(mu.dtype)  # the mean's sign is 0
     step = math.sqrt(kappa + n) * sign  # [B,K]
     if scale.dim() == 2:  # column i of a diagonal L has one entry
-        offsets = mu.new_zeros(B, k, n).scatter(2, axis.unsqueeze(2), (step * scale.gather(1, axis)).unsqueeze(2))
+        lengths = (step * scale.gather(1, axis)).unsqueeze(2)  # of mu's and scale's common type
+        offsets = lengths.new_zeros(B, k, n).scatter(2, axis.unsqueeze(2), lengths)
     else:
         offsets = step.unsqueeze(2) * scale.mT.gather(1, axis.unsqueeze(2).expand(-1, -1, n))
     return mu.unsqueeze(1) + offsets  # [B,K,n]
@@ -138,8 +139,8 @@ def kl_divergence(mu: Tensor, scale: Tensor) -> Tensor:
 def wasserstein2(mu: Tensor, scale: Tensor, squared: bool = False) -> Tensor:
     """2-Wasserstein metric from N(mu, Σ) to N(0, I), W₂² = ‖mu‖² + ‖L - I‖²_F (Eq. 11, 19, 20): -> [B].
 
-    `squared` returns W₂². For a diagonal Σ this is exact. For a full L it is the paper's surrogate, since Eq. 19
-    takes tr(L) for tr(Σ^½). The gradient at W₂ = 0 is 0.
+    mu [B,n], scale the standard deviations [B,n] or L [B,n,n]. `squared` returns W₂². For a diagonal Σ this is exact.
+    For a full L it is the paper's surrogate, since Eq. 19 takes tr(L) for tr(Σ^½). The gradient at W₂ = 0 is 0.
     """
     identity = 1.0 if scale.dim() == 2 else torch.eye(mu.shape[1], device=mu.device, dtype=mu.dtype)
     difference = torch.cat([mu, (scale - identity).flatten(1)], dim=1)
@@ -166,8 +167,8 @@ def gradient_penalty(
     """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian at mu (Eq. 12, 16).
 
     mu [B,n] -> [B]: E‖J u‖² = ‖J‖²_F for u ~ N(0, I) over latents (Hutchinson), by forward-mode differentiation; any
-    decoder will do, in float32; `fold` is for `Decoder`. Batch norm uses its running statistics and leaves them
-    alone, so J is the Jacobian of a single image's decoding.
+    module from z to images [B,C,H,W] will do, its flag `bf16` put off; `fold` is for `Decoder`. Batch norm uses its
+    running statistics and leaves them alone, so J is the Jacobian of a single image's decoding.
     """
     u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
     if type(decoder) is Decoder and repr(decoder) == decoder.built:  # no layer was changed
@@ -175,7 +176,8 @@ def gradient_penalty(
             derivative = decoder.jvp(mu, u, fold)  # J u [B,C,H,W]
     else:
         eager, attention = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # of own decoders
-        with eval_mode(decoder, bf16=False), eager, attention:
+        slow = torch.enable_grad()  # without it nn.MultiheadAttention is another function, with no forward mode
+        with eval_mode(decoder, bf16=False), eager, attention, slow:
             derivative = torch.func.jvp(decoder, (mu,), (u,))[1]
     return derivative.square().sum((1, 2, 3))
 
@@ -270,7 +272,7 @@ class Decoder(nn.Module):
             layers += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c_out), nn.LeakyReLU(inplace=True)]
         self.rest = nn.Sequential(*layers, nn.ConvTranspose2d(hidden[-1], channels, 3, padding=1))
-        self.built = repr(self)  # `jvp` knows these layers alone
+        self.built = repr(self)  # `jvp` knows these layers and `forward` alone: change both, or derive a class
 
     def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
@@ -323,14 +325,16 @@ class Decoder(nn.Module):
 @contextmanager
 def eval_mode(module: nn.Module, bf16: bool = True):
     """The module in evaluation mode for a while: batch norm uses its running statistics and leaves them alone."""
-    training, nets = module.training, [net for net in module.modules() if getattr(net, "bf16", False)]
+    training = [(part, part.training) for part in module.modules()]
+    nets = [net for net in module.modules() if getattr(net, "bf16", False)]
     module.eval()
     for net in nets:
         net.bf16 = bf16
     try:
         yield
     finally:
-        module.train(training)
+        for part, before in training:
+            part.training = before
         for net in nets:
             net.bf16 = True
 
@@ -363,11 +367,11 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> Dataset:
-    """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or the images in a folder, .npy or .npz; image_size (32 or
-    64) for another size than the data set's own. Raises UserError, with what to put where, if anything is missing."""
+    """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or the images in a folder, .npy or .npz; image_size
+    for another size than the data set's own. Raises UserError, with what to put where, if anything is missing."""
     size, data_dir = image_size or DEFAULTS.get(name, OWN)["image_size"], Path(data_dir)
     if name in DEFAULTS:
-        splits, _ = LOADERS[name](data_dir)
+        splits, _ = LOADERS[name](data_dir, size)
     else:
         own = own_images(name)
         splits = hold_out(read_folder(own, data_dir, size) if own.is_dir() else read_arrays(own))
@@ -380,7 +384,7 @@ def crop_and_resize(images: Tensor, size: int, crop: int = 0) -> Tensor:
     return image_ops.resize(square, [size, size], antialias=True)
 
 
-def _digits(_data_dir: Path) -> tuple[tuple[Tensor, ...], Tensor]:
+def _digits(_data_dir: Path, _size: int = 32) -> tuple[tuple[Tensor, ...], Tensor]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -390,7 +394,7 @@ def _digits(_data_dir: Path) -> tuple[tuple[Tensor, ...], Tensor]:
     return images[order].split([1197, 300, 300]), torch.from_numpy(digits.target)[order][:1197]
 
 
-def _fashion_mnist(data_dir: Path) -> tuple[tuple[Tensor, ...], Tensor]:
+def _fashion_mnist(data_dir: Path, _size: int = 32) -> tuple[tuple[Tensor, ...], Tensor]:
     for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):  # to where torchvision looks
         file = data_dir / "FashionMNIST" / "raw" / packed.stem
         if not file.exists():
@@ -403,7 +407,7 @@ def _fashion_mnist(data_dir: Path) -> tuple[tuple[Tensor, ...], Tensor]:
     return splits, train.targets[:50_000]
 
 
-def _cifar10(data_dir: Path) -> tuple[tuple[Tensor, ...], None]:
+def _cifar10(data_dir: Path, _size: int = 32) -> tuple[tuple[Tensor, ...], None]:
     found = _torchvision(datasets.CIFAR10, data_dir, "cifar-10-python.tar.gz")
     images, test_images = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in found)
     return (*images.split([40_000, 10_000]), test_images), None
@@ -415,7 +419,7 @@ def _torchvision(kind: type, data_dir: Path, files: str) -> list:
         return [kind(data_dir, train=train, download=True) for train in (True, False)]
 
 
-def _celeba(data_dir: Path) -> tuple[list[Tensor], None]:
+def _celeba(data_dir: Path, size: int = 64) -> tuple[list[Tensor], None]:
     folder, partition = data_dir / "celeba" / "img_align_celeba", data_dir / "celeba" / "list_eval_partition.txt"
     if not folder.is_dir() or not partition.is_file():
         raise UserError(f"CelebA: put the folder img_align_celeba/ and list_eval_partition.txt into {folder.parent}/")
@@ -426,7 +430,7 @@ def _celeba(data_dir: Path) -> tuple[list[Tensor], None]:
             splits[int(split)].append(folder / name)
         if not all(splits):
             raise UserError("one of 0 (training), 1 (validation), 2 (test) has no images")
-    return decode_images(splits, 64, data_dir, crop=148), None
+    return decode_images(splits, size, data_dir, crop=148), None
 
 
 LOADERS = {"digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "celeba": _celeba}
@@ -596,7 +600,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names, **options):
         if options.get("default") not in (None, "", argparse.SUPPRESS):
-            options["help"] += f" (default: {options['default']})"
+            options["help"] = options.get("help", "") + f" (default: {options['default']})"
         return super().add_argument(*names, **options)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
@@ -604,7 +608,7 @@ class Parser(argparse.ArgumentParser):
         for name, x in vars(args).items():
             least = "of at least" if name in MAY_BE_ZERO else "above"
             fits = type(x) not in (int, float) or 0 < x < math.inf or (x == 0 and name in MAY_BE_ZERO)
-            if not fits and name != "kappa":
+            if not fits and name != "kappa" and x != self.get_default(name):
                 self.error(f"--{name.replace('_', '-')} {x}: give a finite number {least} 0")
         return args
 
@@ -626,7 +630,7 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
     add = parser.add_argument
     add("--dataset", default="digits", help=f"{', '.join(DEFAULTS)}, or a folder, .npy or .npz of images")
     add("--data-dir", default="data", help="where data sets are looked for, downloaded to and cached")
-    add("--image-size", type=int, choices=(32, 64), help="pixels, height and width" + by_data("image_size"))
+    add("--image-size", type=int, help="32 or 64 pixels, height and width" + by_data("image_size"))
     add("--limit-train", type=int, help="use only the first so many training images")
     add("--limit-eval", type=int, help="use only the first so many validation and test images")
     add("--out", default="runs", help="folder that gets one folder for each run")
@@ -822,9 +826,11 @@ def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device:
     if LAUNCHED:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
-    for net in model.modules():
-        if hasattr(net, "bf16"):
-            net.bf16 = args.precision == "bf16"  # the nets only: heads, posterior terms and losses stay in float32
+    nets = [net for net in model.modules() if hasattr(net, "bf16")]  # heads, terms and losses stay in float32
+    if args.precision == "bf16" and not nets:
+        args.precision = "fp32"  # own nets
+    for net in nets:
+        net.bf16 = args.precision == "bf16"
     if args.compile:
         model["encoder"].compile()
         model["decoder"].compile()
@@ -912,10 +918,11 @@ def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namesp
     B, n = len(x), mean.shape[-1]
     if scale is not None:
         smallest = (scale.diagonal(dim1=-2, dim2=-1) if scale.dim() == 3 else scale).min()
-        if scale.shape not in ((B, n), (B, n, n)) or not smallest > 0:
+        upper = scale.dim() == 3 and bool(scale.triu(1).any())  # Σ itself, or Lᵀ
+        if scale.shape not in ((B, n), (B, n, n)) or not smallest > 0 or upper:
             raise UserError(
                 f"the encoder's scale is {list(scale.shape)}, its smallest entry {smallest:.3g}: return (mean, scale) "
-                f"with standard deviations [{B},{n}], exp(logvar / 2), or a Cholesky factor [{B},{n},{n}]"
+                f"with standard deviations [{B},{n}], exp(logvar / 2), or a lower Cholesky factor [{B},{n},{n}]"
             )
     sigmoid = 0 <= outputs.min() < outputs.max()  # alike everywhere: a last layer that starts at zero
     if outputs.shape != x.shape or not outputs.abs().max() <= 1 or sigmoid:
@@ -923,6 +930,8 @@ def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namesp
         raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
     with explained("the nets cannot be trained by this loss (README, Your own nets)"):
         loss(encoder, decoder, x, args)["loss"].backward()
+        with torch.no_grad(), eval_mode(encoder), eval_mode(decoder):
+            loss(encoder, decoder, x, args)  # as in validation
 
 
 def learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace):

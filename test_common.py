@@ -95,6 +95,7 @@ def test_samplers_take_the_longest_columns_build_only_what_is_asked_for_and_foll
     for draw in (common.sample_gaussian, common.sample_sigma_points):
         a, b, c = (draw(*given, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
         assert torch.equal(a, b) and not torch.equal(a, c)
+    assert common.sample_sigma_points(given[0].bfloat16(), given[1], 3).dtype == torch.float32  # as under autocast
     for k, heuristic, kappa, message in (
         (0, "random", 0.5, r"k = 0 .* 4 dimensions has 1 to 9"), (10, "random", 0.5, r"k = 10 .* 1 to 9"),
         (2, "random", -4.0, r"kappa = -4.0: .* -n = -4"), (2, "nosuch", 0.5, "'nosuch': choose from random, pairs, l"),
@@ -160,8 +161,10 @@ def test_gradient_penalty_is_a_projection_of_the_exact_jacobian(kind, size):
     decoder, mu, penalties = small_decoder(kind, size, channels=2), torch.randn(2, 3).double(), []
     before = copy.deepcopy(decoder.state_dict())
     torch.manual_seed(0)
-    penalty = common.gradient_penalty(decoder.train(), mu)
+    frozen = next(module for module in decoder.train().modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    penalty = common.gradient_penalty(decoder, mu)
     assert decoder.training and all(torch.equal(v, before[k]) for k, v in decoder.state_dict().items())
+    assert not frozen.training
     torch.manual_seed(0)
     close(penalty, projected(decoder.eval(), mu))  # of u ~ N(0, I), so an unbiased estimate of ‖J‖²_F
     inner = decoder.float()[0] if kind == "wrapped" else decoder.float()
@@ -400,15 +403,18 @@ class Own(nn.Linear):  # a net of one's own: what `function` makes of a linear l
 
 
 UNTRAINED = r"the nets cannot be trained by this loss \(README, Your own nets\): "
+ATTENTION = nn.MultiheadAttention(32, 1, batch_first=True).eval()
 SCALE, IMAGES = r"scale is .*exp\(logvar", r"images are .*tanh"
 OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the message
     (lambda m, h: [m, h.exp()], torch.tanh, "returns a list"), (lambda m, h: (m, h - 9), torch.tanh, SCALE),  # log σ²
     (lambda m, h: (m, torch.diag_embed(h - 9)), torch.tanh, SCALE),
+    (lambda m, h: (m, (torch.eye(4) + 1).expand(len(m), 4, 4)), torch.tanh, SCALE),  # Σ
     (lambda m, h: (m, h[:, :3].exp()), torch.tanh, SCALE),
     (lambda m, h: (m, h[:, :1].exp()), torch.tanh, SCALE), (None, torch.sigmoid, IMAGES),
     (None, lambda h: 3 * h, IMAGES), (None, lambda h: h.tanh().expand(-1, 3, -1, -1), IMAGES),
     (None, lambda h: torch.utils.checkpoint.checkpoint(torch.tanh, h, use_reentrant=True), UNTRAINED),
     (None, torch.tanh, None), (None, lambda h: nn.functional.scaled_dot_product_attention(h, h, h).tanh(), None),
+    (None, lambda h: ATTENTION(*[h[:, 0]] * 3)[0].unsqueeze(1).tanh(), None),
     (None, lambda h: 0 * h, None),  # as of a last layer that starts at zero
 ]  # fmt: skip
 
@@ -422,6 +428,8 @@ def test_own_nets_are_tried_before_training(encode, decode, message):
     model["decoder"].function = lambda h: decode(h.unflatten(1, (1, 32, 32)))
     check = common.check_nets, model, uae.loss, torch.arange(9216).view(9, 1, 32, 32).byte(), args
     refused(message, *check) if message else check[0](*check[1:])
+    if not message:  # a loss that validation, without gradients, cannot compute
+        refused(UNTRAINED, *check[:2], lambda *a: uae.loss(*a) if torch.is_grad_enabled() else 1 / 0, *check[3:])
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -698,10 +706,10 @@ def test_celeba_is_split_by_its_partition():
     partition.write_text("0.jpg 0\n1.jpg 2\n")
     refused("1 .validation.* has no images", common.load_dataset, "celeba")
     partition.write_text("\n".join(lines))
-    data = common.load_dataset("celeba")
-    for split, each in zip(data, "012", strict=True):
+    large, data = common.load_dataset("celeba", image_size=96), common.load_dataset("celeba")
+    for split, (size, each) in zip([*large, *data], itertools.product((96, 64), "012"), strict=True):
         faces = [Image.open(file) for file, part in zip(files, parts, strict=True) if part == each]
-        faces = [face.crop((15, 35, 163, 183)).resize((64, 64), Image.BILINEAR) for face in faces]  # the central 148
+        faces = [face.crop((15, 35, 163, 183)).resize((size, size), Image.BILINEAR) for face in faces]  # central 148
         assert np.abs(split.permute(0, 2, 3, 1).numpy() - np.float32(np.stack(faces))).max() <= 2
     partition.write_text("\n".join([*lines[:2], "2.jpg 1", "3.jpg 0", *lines[4:]]))
     assert torch.equal(common.load_dataset("celeba").val[0], data.train[1])  # a corrected partition is believed
@@ -848,7 +856,7 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--dataset broken --out broken", "--out broken is below .*/broken/: its pictures would become images"),
         ("--dataset . --resume", r"--out runs is below .*, give another folder"),
         ("--dataset celeba", "put the folder img_align_celeba"), ("--sigma-points best", "choice: 'best'"),
-        ("--dataset cifar10", rf"put cifar-10-python\.tar\.gz into {none}"), ("--image-size 48", "48"),
+        ("--dataset cifar10", rf"put cifar-10-python\.tar\.gz into {none}"), ("--image-size 48", "of 48 pix"),
         ("--dataset fashion_mnist", f"put FashionMNIST/raw/ .*four -ubyte.gz into {none}"), ("--nosuch 1", "nosuch"),
         ("--device abacus", "abacus cannot be"), ("--device meta", "not supported"), ("--device cuda:99", "cuda:99"),
         ("--precision tf32 --device cpu", "tf32 does not exist on cpu: use fp32"), ("--schedule cosine", "cosine"),
@@ -863,6 +871,9 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
     for script in (vae, ut_vae, rae):
         refused("--gamma 1.0 weighs nothing: add --", script.arguments, ["--gamma", "1"])
     refused("--beta 0: the bound divides by beta", iwae.arguments, ["--beta", "0"])
+    parser = common.argument_parser("x.py", "")
+    parser.add_argument("--l1", type=float, default=0.0)  # a flag of a copy's own
+    assert parser.parse_args([]).l1 == 0 and parser.parse_args(["--l1", "2"]).l1 == 2
     refused("lazy layer", common.prepare, (nn.LazyLinear(4), nn.Identity()), uae.arguments([]), torch.device("cpu"))
 
 
@@ -1026,7 +1037,7 @@ def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
     validation, expected = [({False}, stream(3, "validation"), size) for size in (8, 2)], []  # alike in every epoch
     for epoch in range(3):
         expected += [({True}, stream(3, "noise", 0, epoch), 8)] * 3 + validation
-    assert seeds[1:] == expected  # after the check of the nets
+    assert seeds[2:] == expected  # after the check of the nets
     assert shuffles == [(stream(3, "shuffle", 0, epoch), True) for epoch in range(3)]
     assert common.start(uae.arguments(["--seed", "3"])) and torch.initial_seed() == stream(3, "weights")
     every = [(s, p, r, e) for s in (0, 1) for p in common.STREAMS for r in (0, 1) for e in (0, 1)]
@@ -1097,7 +1108,7 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
 
 
 def test_nan_is_a_line_with_epoch_step_and_parts(monkeypatch):
-    loss, left = uae.loss, [1 + 3 + 2 + 2]  # the check of the nets, epoch 1, its validation, epoch 2's second step
+    loss, left = uae.loss, [2 + 3 + 2 + 2]  # the check of the nets, epoch 1, its validation, epoch 2's second step
 
     def broken(*arguments):
         left[0] -= 1
@@ -1153,6 +1164,8 @@ def test_nets_are_compiled_with_the_same_gradients_and_have_the_precision_asked_
         uae.loss(*model.values(), common.load_dataset("digits").train[:32] / 127.5 - 1, args)["loss"].backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert nets == [*model.values()] and (found[1] - found[2]).norm() < 1e-3 * found[1].norm()
+    common.prepare((nn.Linear(1, 1), nn.Linear(1, 1)), args := uae.arguments(["--precision", "bf16"]), device)
+    assert args.precision == "fp32"  # of own nets without the flag
 
 
 def test_importing_does_nothing_and_a_script_runs_from_elsewhere_in_a_strange_environment():
