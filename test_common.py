@@ -403,7 +403,7 @@ class Own(nn.Linear):  # a net of one's own: what `function` makes of a linear l
 
 
 UNTRAINED = r"the nets cannot be trained by this loss \(README, Your own nets\): "
-ATTENTION = nn.MultiheadAttention(32, 1, batch_first=True).eval()
+ATTENTION = nn.MultiheadAttention(32, 2, batch_first=True).eval()
 SCALE, IMAGES = r"scale is .*exp\(logvar", r"images are .*tanh"
 OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the message
     (lambda m, h: [m, h.exp()], torch.tanh, "returns a list"), (lambda m, h: (m, h - 9), torch.tanh, SCALE),  # log σ²
