@@ -408,7 +408,8 @@ SCALE, IMAGES = r"scale is .*exp\(logvar", r"images are .*tanh"
 OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the message
     (lambda m, h: [m, h.exp()], torch.tanh, "returns a list"), (lambda m, h: (m, h - 9), torch.tanh, SCALE),  # log σ²
     (lambda m, h: (m, torch.diag_embed(h - 9)), torch.tanh, SCALE),
-    (lambda m, h: (m, (torch.eye(4) + 1).expand(len(m), 4, 4)), torch.tanh, SCALE),  # Σ
+    (lambda m, h: (m, torch.ones(len(m), 4, 4).triu()), torch.tanh, SCALE),  # Lᵀ
+    (lambda m, h: (m, torch.ones(len(m), 4, 4).tril()), torch.tanh, None),
     (lambda m, h: (m, h[:, :3].exp()), torch.tanh, SCALE),
     (lambda m, h: (m, h[:, :1].exp()), torch.tanh, SCALE), (None, torch.sigmoid, IMAGES),
     (None, lambda h: 3 * h, IMAGES), (None, lambda h: h.tanh().expand(-1, 3, -1, -1), IMAGES),
