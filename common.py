@@ -714,10 +714,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_csv(path: Path, rows: list[dict], heading: str = "") -> None:
-    """Replace a CSV file by these rows, floats at full precision, under a heading."""
+    """Replace a CSV file by these rows, floats at full precision, under a heading; what a row lacks stays empty."""
+    names = dict.fromkeys(name for row in rows for name in row)
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         file.write(heading)
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -515,12 +515,14 @@ def save_curves(run: common.Run) -> None:
     history, plateau = run.history, run.args.schedule == "plateau"
     if not history:
         return
-    names = [column.removeprefix("train_") for column in history[0] if column.startswith("train_")]
+    names = [column.removeprefix("train_") for column in history[-1] if column.startswith("train_")]
+    epochs = [row["epoch"] for row in history]
     drops = [row["epoch"] for before, row in itertools.pairwise(history) if plateau and row["lr"] < before["lr"]]
     figure = Figure(figsize=(3.2 * len(names), 3), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
         for part, label, colour in (("train", "training", BLUE), ("val", "validation", ORANGE)):
-            axes.plot([r["epoch"] for r in history], [r[f"{part}_{name}"] for r in history], color=colour, label=label)
+            values = [row.get(f"{part}_{name}", np.nan) for row in history]  # a part may have come later
+            axes.plot(epochs, values, color=colour, label=label)
         for drop in drops:
             label = "learning rate halved" if drop == drops[0] else None
             axes.axvline(drop, color="0.6", linewidth=0.7, zorder=0, label=label)

@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 import common
 from common import UserError
 from fid import KINDS
-from paper.claims import LIKE, SUCCESSES, by_row, columns_of, failure, paper_numbers, rank_correlation
+from paper.claims import LIKE, SUCCESSES, columns_of, failure, paper_numbers, rank_correlation, values_by_row
 from paper.table import DATASETS, dataset_of, png, read_results
 
 COLOURS = {  # of Okabe and Ito's palette
@@ -61,7 +61,7 @@ def read_panels(file: Path) -> list[list[Panel]]:
         titles = [f"{metric}, {kind}" for kind in KINDS] + ["error (MSE)"] * (not found)
         found.append([])
         for i, (title, column) in enumerate(zip(titles, distances + error, strict=False)):
-            ours = {k: v for k, v in by_row(lines, column).items() if paper_numbers(dataset, k)}
+            ours = {k: v for k, v in values_by_row(lines, column).items() if paper_numbers(dataset, k)}
             if len(ours) < 3:
                 raise UserError(f"{file}: {len(ours)} rows have numbers of the paper, three are needed")
             theirs = [paper_numbers(dataset, label)[i % 3] for label in ours]
@@ -129,7 +129,7 @@ def legend(panels: list[Panel]) -> list[Line2D]:
 def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("paper.agreement", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="results of paper.study")
-    parser.add_argument("--out", type=png, default=Path("assets/agreement.png"), help="the picture")
+    parser.add_argument("--out", type=png, default=Path("runs/agreement.png"), help="the picture")
     args = parser.parse_args(argv)
     lines = [line for file in args.results for line in read_panels(file)]
     figure = Figure(figsize=(11, 2.9 * len(lines) + 0.4), dpi=160, layout="constrained")

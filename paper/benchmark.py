@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"{r['ms']:.1f} ms a step ({r['fastest_ms']:.1f} to {r['slowest_ms']:.1f})\n"
             f"{r['tflop']:.3f} TFLOP a step at {r['tflop_per_s']:.3f} TFLOP/s, "
             f"{share:.0f}% of the matrix product's {r['peak_tflop_per_s']:.3f}; "
-            f"peak memory {results[0]['memory_gib']:.2f} GiB"
+            f"peak memory{' of the process so far' * (device.type == 'cpu')} {results[0]['memory_gib']:.2f} GiB"
         )
     if own.stock:
         ratio = spread([plain["ms"] / ours["ms"] for ours, plain in rounds], 2)

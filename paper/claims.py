@@ -121,7 +121,7 @@ class Comparison(NamedTuple):
         return before + {"open": text, "opposite": f"*opposite* {text}"}.get(self.verdict, f"**{text}**")
 
 
-def by_row(lines: list[dict[str, str]], column: str) -> dict[str, dict[int, float]]:
+def values_by_row(lines: list[dict[str, str]], column: str) -> dict[str, dict[int, float]]:
     """The values of a column by label and seed, of runs that did not fail."""
     values = {}
     for line in sorted(lines, key=lambda line: int(line["seed"])):
@@ -187,7 +187,7 @@ def judge(lines: list[dict[str, str]], dataset: str) -> list[Comparison]:
     found = []
     for part, claims in CLAIMS.items():
         groups = COLLAPSED if part == "collapse" else columns_of(lines)
-        values = {column: by_row(lines, column) for group in groups.values() for column in group}
+        values = {column: values_by_row(lines, column) for group in groups.values() for column in group}
         for claim, pair in ((claim, pair) for claim, text in claims.items() for pair in pairs(text, dataset)):
             shares = paper_shares(dataset, pair)
             for column, rows in values.items():
@@ -203,8 +203,8 @@ def judge(lines: list[dict[str, str]], dataset: str) -> list[Comparison]:
 def count(comparisons: list[Comparison]) -> str:
     """How many there are of each verdict, of rows with two seeds."""
     found = Counter(each.verdict for each in comparisons if each.seeds > 1)
-    words = [word for word in ("seen", "opposite", "lower", "higher", "open") if found[word]]
-    return ", ".join(f"{found[word]} {word}" for word in words) or "one seed"
+    verdicts_found = [verdict for verdict in ("seen", "opposite", "lower", "higher", "open") if found[verdict]]
+    return ", ".join(f"{found[verdict]} {verdict}" for verdict in verdicts_found) or "one seed"
 
 
 def claims_table(comparisons: list[Comparison], groups: dict[str, list[str]], dataset: str, first: bool = False) -> str:
@@ -260,7 +260,7 @@ def spearman(ours: list[list[float]], theirs: list[float]) -> tuple[float, float
 
     By bootstrap: each draw takes the same seeds, with replacement, of all rows that have as many; the means' changes
     are widened as n seeds ask for, by √(n/(n-1)) and as Student's t is wider than the normal distribution. In 200
-    simulated studies like ours (19 rows, 3 to 5 seeds) the interval held the true value 92 to 100 times of 100.
+    simulated studies (19 rows, 3 to 5 seeds) the interval held the true value 92 to 100 times of 100.
     """
     u = np.random.default_rng(0).random((DRAWS, max(map(len, ours))))
     means = np.array([np.mean(row) for row in ours])
@@ -287,14 +287,13 @@ def correlations(lines: list[dict[str, str]], dataset: str) -> str:
     """Rank correlations with the paper's FID, over the groups of ROWS."""
     compared = [(words(column), column, kind) for columns in columns_of(lines).values()
                 for column in columns for kind in KINDS if kind in column or column == ERROR]  # fmt: skip
-    rows, failed = [], any(failure(dataset, label) for label in by_row(lines, ERROR) if paper_numbers(dataset, label))
+    rows, labels = [], [label for label in values_by_row(lines, ERROR) if paper_numbers(dataset, label)]
+    failed = any(failure(dataset, label) for label in labels)
     groups = [group for group in ROWS if failed or group != SUCCESSES]
     for name, column, kind in compared:
-        cells = []
-        for group in groups:
-            found = rank_correlation(by_row(lines, column), dataset, kind, group)
-            cells += ["{:.2f} ± {:.2f} ({})".format(*found) if found else ""]
-        rows.append([name, f"{kind}s", *cells])
+        ours = values_by_row(lines, column)
+        found = [rank_correlation(ours, dataset, kind, group) for group in groups]
+        rows.append([name, f"{kind}s", *("{:.2f} ± {:.2f} ({})".format(*each) if each else "" for each in found)])
     return markdown(["Measure", "Paper's FID of", *(f"{group} (rows)" for group in groups)], rows)
 
 

@@ -1,6 +1,6 @@
 """The generated parts of the documents: all between `<!-- paper.MODULE ARGUMENTS -->` and `<!-- end -->`.
 
-    python -m paper.documents           # writes what the commands print, in README.md and paper/**/README.md
+    python -m paper.documents           # writes what the commands print, in README.md and paper/results/README.md
 
 A file of results that is not there yet gives a line that says so. A test compares documents and commands.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import common
 
-DOCUMENTS = ("README.md", "paper/README.md", "paper/results/README.md")
+DOCUMENTS = ("README.md", "paper/results/README.md")
 BLOCK = re.compile(r"(?<=<!-- paper\.)(\w+) (.*?) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
 
 

@@ -8,6 +8,7 @@ the last batch of each epoch. Writes gradient_noise.csv and gradient_noise.png i
 """
 
 import copy
+import math
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterator
@@ -144,7 +145,10 @@ def train(args: Namespace) -> Iterator[dict[str, float]]:
         with common.validating(model, args.seed):
             batches = common.validation_batches(data.val, args.batch_size)
             losses = [(ut_vae.loss(encoder, decoder, v, args)["loss"].item(), len(v)) for v in batches]
-        scheduler.step(sum(loss * images for loss, images in losses) / len(data.val))
+        loss = sum(loss * images for loss, images in losses) / len(data.val)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is not finite after epoch {epoch + 1}, seed {args.seed}: lower --lr")
+        scheduler.step(loss)
         yield {"seed": args.seed, "epoch": epoch + 1} | gradient_noise(encoder, decoder, x, args.kappa)
 
 

@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 import common
 import fid
 from common import UserError
-from paper.table import IGNORED, place, png, results_table
+from paper.table import IGNORED, names_of, place, png, results_table
 
 COLUMNS = {
     "reconstructions": "test images above their reconstructions",
@@ -76,17 +76,6 @@ def find_runs(folders: list[Path]) -> list[tuple[Path, Namespace]]:
             if a != b:
                 raise UserError(f"{first} and {folder} cannot be compared: {name.replace('_', ' ')} {a} and {b}")
     return sorted(runs, key=lambda run: (place(run[1].label), run[1].seed))
-
-
-def name_rows(runs: list[tuple[Path, Namespace]]) -> list[str]:
-    """The label of each run, with what runs of one label differ in."""
-    names = []
-    for _, run in runs:
-        alike = [vars(other) for _, other in runs if other.label == run.label]
-        flags = sorted(vars(run).keys() - IGNORED | {"seed"})
-        differ = [flag for flag in flags if len({str(other.get(flag)) for other in alike}) > 1]
-        names.append(", ".join([run.label, *(f"{flag.replace('_', '-')} {getattr(run, flag)}" for flag in differ)]))
-    return names
 
 
 @torch.inference_mode()
@@ -219,7 +208,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     data = common.load_dataset(first.dataset, first.data_dir, first.image_size)
     if len(data.test) < 12:
         raise UserError(f"{first.data} has {len(data.test)} test images, a sheet shows 12")
-    rows = [make_row(*run, data, name) for run, name in zip(runs, name_rows(runs), strict=True)]
+    flags = [{k: str(v) for k, v in vars(run).items() if k not in IGNORED - {"seed"}} for _, run in runs]
+    names = names_of([(run.label, each) for (_, run), each in zip(runs, flags, strict=True)])
+    rows = [make_row(*run, data, name) for run, name in zip(runs, names, strict=True)]
     save_png(path, rows)
     save_page(path.with_suffix(".html"), rows, table, f"{first.data}: models side by side")
     print(f"wrote {path} and {path.with_suffix('.html')}")

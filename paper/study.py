@@ -117,12 +117,18 @@ def code_version() -> str:
     return f"{commit}-dirty" if changed else commit
 
 
+def note_other_code(file: Path, lines: list[dict]) -> None:
+    """Say so if lines of results are of another commit than this code."""
+    if others := {line.get("commit", "") for line in lines if not line["error"]} - {code_version()}:
+        common.note(f"{file} has lines of commit {', '.join(sorted(others))}: one study is of one (paper/README.md)")
+
+
 def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str], started: float, commit: str) -> dict:
     """The line of a run that has ended, from its folder or, if it failed, from the last line of its output."""
     line = {"label": row.label, "seed": seed, "command": row.command}
     line |= dict.fromkeys([f"{metric}_{kind}" for metric in metrics for kind in KINDS], "")
     line |= dict.fromkeys([*MEASURED, "seconds", "torch", "commit", "error"], "")
-    text = log.read_text(encoding="utf-8").strip()
+    text = log.read_text(encoding="utf-8").strip() if log.exists() else ""  # killed before it was opened
     folders = re.findall(r"^everything is in (.*)/$", text, re.MULTILINE)
     if exitcode or not folders:
         return line | {"error": f"exit code {exitcode}: {['no output', *text.splitlines()][-1]}"}
@@ -217,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{tqdm.format_interval(unit * row.cost):>7}  {row.label}, seed {seed}: {row.command}")
     about = tqdm.format_interval(unit * sum(row.cost for _, row in todo) / args.jobs)
     print(f"{len(todo)} runs to do of {len(wanted)}, about {about}; setting: {setting}")
+    if todo:
+        note_other_code(file, lines)
     if not args.dry_run:
         study(todo, lines, setting, args.images, args.out, file, args.jobs)
         lock.close()

@@ -4,8 +4,9 @@
     python -m paper.table paper/results/fashion_mnist.csv       # the same for the results of paper.study
     python -m paper.table --paper       # Tables 2, 3, 5, 6, 8, 9 and 10 of the paper, a command for each row
 
-A run that differs in anything but the seed is a row of its own, named by the flags that differ. tables.csv beside this
-file is the one place that knows the paper's numbers.
+A run that differs in anything but the seed is a row of its own, named by the flags that differ: of one model any, of
+all models those that they should share (SHARED). tables.csv beside this file is the one place that knows the paper's
+numbers.
 """
 
 import csv
@@ -29,6 +30,11 @@ ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "U
 MEASURED = {"validation_mse": ("MSE", 5), "collapsed_dimensions": ("Collapsed", 1), "mean_variance": ("Variance", 3)}
 # differ between runs of one row: the seed, where a run was and how it was started; the label follows from the others
 IGNORED = common.UNNAMED | {"command", "name", "label"}
+# settings that runs of different models share, or should not be compared by
+SHARED = (
+    "setting", "epochs", "schedule", "lr", "batch_size", "latent_dim", "width", "image_size", "precision",
+    "limit_train", "limit_eval",
+)  # fmt: skip
 WORDS = {"label", "command", "torch", "commit", "error"}  # columns of paper.study that are no numbers
 
 
@@ -144,14 +150,21 @@ def read_all(folders: tuple[Path, ...]) -> tuple[list[Result], list[str]]:
     return results, left_out
 
 
+def names_of(runs: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """The names of runs, given by label and settings: the label, and the settings in which it differs from the runs of
+    its label or, if they are SHARED, from any: `UAE 8x, latent-dim 16`."""
+    names = []
+    for label, own in runs:
+        others = {name: [s.get(name) for other, s in runs if name in SHARED or other == label] for name in sorted(own)}
+        differ = [f"{name.replace('_', '-')} {own[name]}" for name, values in others.items() if len(set(values)) > 1]
+        names.append(", ".join([label, *differ]))
+    return names
+
+
 def by_row(results: list[Result]) -> dict[str, list[Result]]:
-    """The runs of one data set by row: the model, and the settings in which its runs differ. Raises UserError if a row
-    has one seed twice."""
+    """The runs of one data set by the name of their row. Raises UserError if a row has one seed twice."""
     rows = {}
-    for run in results:
-        same = [other.settings for other in results if other.model == run.model]
-        differ = [name for name in sorted(run.settings) if len({settings.get(name) for settings in same}) > 1]
-        name = ", ".join([run.model, *(f"{flag.replace('_', '-')} {run.settings[flag]}" for flag in differ)])
+    for name, run in zip(names_of([(run.model, run.settings) for run in results]), results, strict=True):
         seeds = rows.setdefault(name, {})
         if other := seeds.get(run.seed):
             raise UserError(f"{other.source} and {run.source} are one seed of {name} on {run.data}: remove one")
@@ -202,7 +215,10 @@ def results_table(*folders: Path, wanted: str | re.Pattern = "") -> str:
                 )
             rows.append([*cells, str(len(runs)), *[" / ".join(paper.get((data, runs[0].model), ()))] * compared])
         titles = "; ".join(dict.fromkeys(result.title for result in here))
-        parts += [f"{titles} (distances: reconstruction / sample / interpolation):", markdown(header, rows)]
+        shared = {name: {result.settings.get(name, "None") for result in here} for name in SHARED[1:]}
+        alike = "".join(f", {name.replace('_', '-')} {value}" for name, (value, *more) in shared.items()
+                        if not more and value != "None")  # fmt: skip
+        parts += [f"{titles}{alike} (distances: reconstruction / sample / interpolation):", markdown(header, rows)]
     return "\n\n".join([*parts, *(f"left out: {what}" for what in left_out)])
 
 
@@ -239,6 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if bool(args.folders) == args.paper:
         parser.error("give folders of runs, for example runs/, or --paper")
+    if args.paper and args.rows:
+        parser.error("--rows chooses among runs, not of --paper")
     print(paper_tables() if args.paper else results_table(*args.folders, wanted=args.rows or ""))
 
 

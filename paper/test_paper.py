@@ -53,7 +53,7 @@ def test_the_benchmark_prints_what_it_measured_and_writes_nothing(capsys, monkey
     shape = "--dataset cifar10 --latent-dim 8 --width 0.02 --batch-size 8"
     command = ["uae.py", *shape.split(), "--steps", "1"]
     measured, output = benchmark.main(command), capsys.readouterr().out
-    for words in ("uae.py on cpu", "points/s", "ms a step", "TFLOP/s", "peak memory"):
+    for words in ("uae.py on cpu", "points/s", "ms a step", "TFLOP/s", "peak memory of the process so far"):
         assert words in output
     assert min(measured.values()) > 0 and "plain path" not in output
     seconds = iter([1, 2, 1, 4, 2, 4])  # this code, the plain path, and again
@@ -127,6 +127,8 @@ def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     ):  # fmt: skip
         with pytest.raises(UserError, match=why):
             gradient_noise.main([*argv, flag])
+    with pytest.raises(UserError, match="not finite after epoch 1, seed 0: lower --lr"):
+        gradient_noise.main([*argv, "--lr", "1e30"])
 
 
 def test_the_idea_shows_sigma_points_the_covariances_ellipse_and_what_they_decode_to(monkeypatch, capsys):
@@ -154,7 +156,7 @@ def test_a_sheet_shows_the_runs_images_and_counts(capsys):
     for file in ("results.json", "mixture.npz"):  # which come after training
         Path("runs/killed", file).unlink()
     none, row = sheet.main(["runs"])
-    assert (none.label, row.label) == ("RAE-no-reg", "UAE 2x random") and none.posterior is None
+    assert (none.label, row.label) == ("RAE-no-reg, lr 0.005", "UAE 2x random, lr 0.05") and none.posterior is None
     assert row.collapsed() == f"{results['collapsed_dimensions']} of 16 collapsed"
     assert row.variances().mean() == pytest.approx(results["mean_variance"], rel=1e-5)
     folder = next(Path("runs").glob("uae*"))

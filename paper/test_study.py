@@ -1,5 +1,6 @@
 """Tests of paper/study.py."""
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -53,14 +54,16 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch, capsys):
     while not (Path("out/results.csv").exists() and (vae_run / "metrics.csv").exists()):
         assert killed.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-    children = subprocess.check_output(["pgrep", "-P", str(killed.pid)], text=True).split()
     killed.kill()
     killed.join()
     setting, (line,) = table.read_results(Path("out/results.csv"))
     assert (setting, line["label"], line["seed"]) == (small, "RAE-no-reg", "3")
     assert re.match("exit code 2: rae.py: error: cannot read .*last.pt", line["error"])
-    while re.search("^[^Z]", subprocess.run(["ps", "-o", "stat=", *children], capture_output=True, text=True).stdout):
-        assert time.monotonic() < deadline  # none of its processes outlives it
+    while True:  # the run ends with the study
+        with contextlib.suppress(UserError):
+            common.locked(vae_run / ".lock").close()
+            break
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     assert 1 <= len(metrics(vae_run)) < 8
 
@@ -89,13 +92,14 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch, capsys):
 
     monkeypatch.setattr(study, "run_script", None)  # nothing is left to run
     study.main([*argv, "1"])
-    assert "0 runs to do of 2" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "0 runs to do of 2" in output.out and "note" not in output.err
     monkeypatch.setitem(study.SETTINGS, "digits", "--dataset digits")
     with pytest.raises(UserError, match=f"is of another setting, {small}: give another"):
         study.main([*argv, "1"])
 
 
-def test_a_line_names_the_commit_and_whether_the_code_was_changed(monkeypatch, tmp_path):
+def test_a_line_names_the_commit_and_whether_the_code_was_changed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     assert study.code_version() == ""  # no repository
     Path("a.py").touch()
@@ -108,6 +112,16 @@ def test_a_line_names_the_commit_and_whether_the_code_was_changed(monkeypatch, t
     assert study.code_version() == commit
     Path("a.py").write_text("2")
     assert study.code_version() == f"{commit}-dirty"
+    study.note_other_code(Path("r.csv"), [{"commit": f"{commit}-dirty", "error": ""}, {"commit": "old", "error": "x"}])
+    assert not capsys.readouterr().err
+    study.note_other_code(Path("r.csv"), [{"commit": commit, "error": ""}, {"commit": f"{commit}-dirty", "error": ""}])
+    assert f"note: r.csv has lines of commit {commit}: one study is of one" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_it_has_an_output_is_a_line(tmp_path):
+    row, lost = study.Row("vae.py", "digits", True), tmp_path / "none.txt"
+    line = study.record(row, 0, lost, -9, ["FDC"], 0.0, "abc")
+    assert line["error"] == "exit code -9: no output" and line["label"] == "VAE 8x"
 
 
 def test_the_studys_rows_are_those_of_the_paper_and_of_our_decisions(capsys):

@@ -44,7 +44,7 @@ def test_results_are_means_over_seeds_in_the_papers_order_for_each_features_of_a
         fake_run(f"runs/{model}", model=model)
     fake_run("runs/f", data="fashion_mnist", features=("FD-Lite0", "lite0@128", "FDC", "fashion_mnist-mlp"))
     lines = printed(capsys, "runs")
-    assert lines[0].startswith("cifar10, FID inception-tf, 10000 test images (")
+    assert lines[0].startswith("cifar10, FID inception-tf, 10000 test images, epochs 100 (")
     assert lines[2] == "| Model | FID | MSE | Seeds | Paper |"
     models = [line.strip("| ").split(" | ")[0] for line in lines[4:9]]
     assert models == ["VAE 8x", "VAE*-full 2x", "VAE*² 8x", "UT-VAE*-GP 2x largest", "UAE 8x largest"]
@@ -69,6 +69,16 @@ def test_a_sweep_has_a_row_for_each_value(capsys):
     assert "| UAE 8x largest, images 1 2 4, latent-dim 32 |" in "\n".join(printed(capsys, "runs"))
 
 
+def test_models_that_were_not_trained_alike_do_not_look_so(capsys):
+    fake_run("runs/a", model="VAE 8x", beta=1, limit_train=None)
+    fake_run("runs/b", epochs=8, beta=2, limit_train=None, batch_size=64)
+    fake_run("runs/c", model="RAE-GP", epochs=8, beta=3, limit_train=None)
+    title, *lines = printed(capsys, "runs")
+    names = [line.strip("| ").split(" | ")[0] for line in lines[3:]]
+    assert names == ["VAE 8x, epochs 100", "RAE-GP, epochs 8", "UAE 8x largest, batch-size 64, epochs 8"]
+    assert "epochs" not in title and "limit" not in title and "batch" not in title
+
+
 def test_what_has_no_row_is_named_and_what_is_wrong_is_refused(capsys):
     fake_run("runs/a")
     Path("runs/killed").mkdir()
@@ -87,7 +97,7 @@ def test_what_has_no_row_is_named_and_what_is_wrong_is_refused(capsys):
     ):
         with pytest.raises(UserError, match=message):
             table.main(argv)
-    for argv in ([], ["runs", "--paper"], ["--nosuch"], ["runs", "--rows", "("]):
+    for argv in ([], ["runs", "--paper"], ["--nosuch"], ["runs", "--rows", "("], ["--paper", "--rows", "VAE"]):
         with pytest.raises(SystemExit, match="2"):
             table.main(argv)
         assert re.fullmatch("paper.table: error: .*\n", capsys.readouterr().err)
