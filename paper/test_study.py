@@ -93,7 +93,7 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch, capsys):
     monkeypatch.setattr(study, "run_script", None)  # nothing is left to run
     study.main([*argv, "1"])
     output = capsys.readouterr()
-    assert "0 runs to do of 2" in output.out and "note" not in output.err
+    assert "0 runs to do of 2" in output.out and "lines of commit" not in output.err
     monkeypatch.setitem(study.SETTINGS, "digits", "--dataset digits")
     with pytest.raises(UserError, match=f"is of another setting, {small}: give another"):
         study.main([*argv, "1"])
