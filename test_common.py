@@ -1097,14 +1097,16 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     refused(r"images is \[24, 3, 3\], was .*; images_crc32 is \[", train, "--resume", "--dataset", "moved/own")
 
 
-def test_a_copys_loss_may_get_a_part_before_a_resume(finished, monkeypatch):
+def test_a_copys_loss_may_get_and_lose_parts_before_a_resume(finished, monkeypatch):
     last, loss = loaded("runs"), uae.loss
     torch.save(last | {"epoch": 2, "history": last["history"][:2]}, finished / "last.pt")
-    monkeypatch.setattr(uae, "loss", lambda *arguments: loss(*arguments) | {"new": torch.ones(())})
+    monkeypatch.setattr(uae, "loss", lambda *arguments: {"loss": loss(*arguments)["loss"], "new": torch.ones(())})
     train("--resume")
-    assert np.array_equal(record("runs")[0]["val_new"], [math.nan, math.nan, 1], equal_nan=True)
+    rows, nan = record("runs")[0], math.nan
+    assert np.array_equal(rows["val_new"], [nan, nan, 1], equal_nan=True)
+    assert np.array_equal(rows["val_rec"], [*(row["val_rec"] for row in last["history"][:2]), nan], equal_nan=True)
     fid.save_curves(Namespace(history=loaded("runs")["history"], args=Namespace(schedule="linear"), dir=finished))
-    assert Image.open(finished / "curves.png").width == 5 * 320
+    assert Image.open(finished / "curves.png").width == 2 * 320
 
 
 def test_nan_is_a_line_with_epoch_step_and_parts(monkeypatch):
