@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from scipy.stats import rankdata
 
 import common
@@ -88,7 +88,8 @@ def draw(axes: Axes, panel: Panel) -> None:
         spread = np.std(values, ddof=1) if len(values) > 1 else 0
         axes.errorbar(x, np.mean(values), spread, fmt=MARKERS[points], ms=4.5, mfc=face, mec=edge, ecolor=edge, lw=0.7)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)) if high > 4 * low else MaxNLocator(7, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=7)

@@ -201,10 +201,12 @@ def judge(lines: list[dict[str, str]], dataset: str) -> list[Comparison]:
 
 
 def count(comparisons: list[Comparison]) -> str:
-    """How many there are of each verdict, of rows with two seeds."""
+    """How many there are of each verdict, of rows with two seeds, and how many of those seen are losses."""
     found = Counter(each.verdict for each in comparisons if each.seeds > 1)
+    losses = sum(each.verdict == "seen" and each.mean > 0 for each in comparisons)
     verdicts_found = [verdict for verdict in ("seen", "opposite", "lower", "higher", "open") if found[verdict]]
-    return ", ".join(f"{found[verdict]} {verdict}" for verdict in verdicts_found) or "one seed"
+    text = ", ".join(f"{found[verdict]} {verdict}" for verdict in verdicts_found) or "one seed"
+    return text.replace(" seen", f" seen (losses: {losses})") if losses else text
 
 
 def claims_table(comparisons: list[Comparison], groups: dict[str, list[str]], dataset: str, first: bool = False) -> str:

@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         lock = common.locked(file.with_name(f".{file.name}.lock"))
     other, lines = read_results(file) if file.exists() else (setting, [])
     if other != setting:
-        raise UserError(f"{file} is of another setting, {other}: give another --results")
+        way = "--images FOLDER" if other.startswith(f"{setting} (") else "another --results"
+        raise UserError(f"{file} is of another setting, {other}: give {way}")
     finished = {(line["label"], int(line["seed"])): float(line["seconds"]) for line in lines if not line["error"]}
     wanted.sort(key=lambda run: (not run[1].headline, run[0]))  # the headline first, seed by seed
     todo = [(seed, row) for seed, row in wanted if (row.label, seed) not in finished]

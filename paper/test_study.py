@@ -154,6 +154,16 @@ def test_images_are_a_folder_for_cifar10(tmp_path):
     for dataset, images in (("cifar10", "nosuch"), ("fashion_mnist", str(tmp_path))):
         with pytest.raises(UserError, match=f"--images {images}: give a folder of images, with --dataset cifar10"):
             study.main(["--dataset", dataset, "--images", images, "--dry-run"])
+    results = str(study.ROOT / "paper/results/cifar10.csv")
+    with pytest.raises(UserError, match=r"of another setting, .*: give --images FOLDER"):
+        study.main(["--dataset", "cifar10", "--results", results, "--dry-run"])
+
+
+@pytest.mark.parametrize("dataset", study.SETTINGS)
+def test_every_run_of_the_study_is_in_the_results(dataset, tmp_path, capsys):
+    argv = ["--dataset", dataset, "--results", str(study.ROOT / f"paper/results/{dataset}.csv"), "--dry-run"]
+    study.main(argv + ["--images", str(tmp_path)] * (dataset == "cifar10"))
+    assert re.match(r"0 runs to do of \d+,", capsys.readouterr().out)
 
 
 def test_two_studies_with_one_file_of_results_are_one_too_many(monkeypatch, capsys):
