@@ -149,6 +149,7 @@ def test_the_picture_shows_each_rows_mean_and_spread_against_the_papers_number(t
     agreement.draw(axes, first)
     points = [tuple(each.lines[0].get_xydata()[0]) for each in axes.containers]
     assert points == [(44.29, 55), (22.91, 20), (102.1, 90.5), (47.58, 40), (20.28, 300)]
+    assert {30, 50, 100} <= {*axes.get_xticks()} and 200 in axes.get_yticks()  # ticks where the rows are
     ends = axes.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert ends == pytest.approx([55 - 50**0.5, 55 + 50**0.5])  # standard deviation of 50 and 60
     assert [i for i, each in enumerate(axes.containers) if each.lines[0].get_markerfacecolor() == "white"] == [2]
