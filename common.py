@@ -164,22 +164,28 @@ def largest_variance(scale: Tensor) -> Tensor:
 def gradient_penalty(
     decoder: nn.Module, mu: Tensor, generator: Generator | None = None, fold: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian at mu (Eq. 12, 16).
+    """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian J at mu (Eq. 12, 16).
 
-    mu [B,n] -> [B]: E‖J u‖² = ‖J‖²_F for u ~ N(0, I) over latents (Hutchinson), by forward-mode differentiation; any
-    module from z to images [B,C,H,W] will do, its flag `bf16` put off; `fold` is for `Decoder`. Batch norm uses its
-    running statistics and leaves them alone, so J is the Jacobian of a single image's decoding.
+    mu [B,n] -> [B]. Of `Decoder` E‖J u‖² = ‖J‖²_F, u ~ N(0, I) over latents, by forward-mode differentiation (`fold`);
+    of any other module from z to images [B,C,H,W] E‖Jᵀ v‖² = ‖J‖²_F, v = ±1 over pixels, by double backward, its flag
+    `bf16` put off (Hutchinson).
+
+    In training mode batch norm takes the statistics of this batch of means, which depend on mu and are differentiated
+    through, in evaluation mode its running ones; it changes neither. By the batch's statistics an image depends on all
+    latents: value i then estimates the rows of the batch's J that belong to image i (of other modules the columns that
+    belong to mu_i), and the expectation of the sum is ‖J‖²_F. In training the loss beside it normalises B·K points, the
+    penalty B means, in validation both by the running statistics: `train_gp` and `val_gp` are two measures.
     """
-    u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
     if type(decoder) is Decoder and repr(decoder) == decoder.built:  # no layer was changed
-        with eval_mode(decoder):
-            derivative = decoder.jvp(mu, u, fold)  # J u [B,C,H,W]
-    else:
-        eager, attention = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # of own decoders
-        slow = torch.enable_grad()  # without it nn.MultiheadAttention is another function, with no forward mode
-        with eval_mode(decoder, bf16=False), eager, attention, slow:
-            derivative = torch.func.jvp(decoder, (mu,), (u,))[1]
-    return derivative.square().sum((1, 2, 3))
+        u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
+        return decoder.jvp(mu, u, fold).square().sum((1, 2, 3))  # J u [B,C,H,W]
+    eager, attention = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # others know no double
+    with batch_statistics(decoder), eager, attention, torch.enable_grad():
+        mu = mu if mu.requires_grad else mu.detach().requires_grad_()
+        images = decoder(mu)
+        v = torch.randint(2, images.shape, device=mu.device, dtype=images.dtype, generator=generator) * 2 - 1
+        (gradient,) = torch.autograd.grad(images, mu, v, create_graph=True)  # Jᵀ v [B,n]
+    return gradient.square().sum(1)
 
 
 def slerp(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -304,7 +310,7 @@ class Decoder(nn.Module):
         return h.unflatten(1, (16, 16, -1)).permute(0, 3, 1, 2)
 
     def jvp(self, z: Tensor, u: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z (forward-mode differentiation), in evaluation mode.
+        """J(z) u [M,C,H,W] for u [M,n], J the Jacobian at z of all M images (forward-mode differentiation).
 
         torch's own forward mode would convolve every layer's input with a derivative of the weights that is zero, and
         fails in batch norm under autocast.
@@ -312,14 +318,45 @@ class Decoder(nn.Module):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
             for layer in self.rest:
-                h = layer(h)
                 if isinstance(layer, nn.BatchNorm2d):
-                    t = t * (layer.weight * (layer.running_var + layer.eps).rsqrt()).to(t.dtype)[:, None, None]
-                elif isinstance(layer, nn.LeakyReLU):
+                    h, t = batch_norm_jvp(layer, h, t)
+                    continue
+                h = layer(h)
+                if isinstance(layer, nn.LeakyReLU):
                     t = torch.where(h > 0, t, layer.negative_slope * t)
                 else:
                     t = F.conv_transpose2d(t, layer.weight, None, layer.stride, layer.padding)
             return (1 - torch.tanh(h.to(z.dtype)).square()) * t.to(z.dtype)
+
+
+def batch_norm_jvp(layer: nn.BatchNorm2d, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Value h and tangent t [M,C,H,W] behind a batch norm, which stays as it is: in training mode by the batch's
+    statistics (in float32 at least), whose tangents are in t, in evaluation mode by the running ones."""
+    if not layer.training:
+        return layer(h), t * (layer.weight * (layer.running_var + layer.eps).rsqrt()).to(t.dtype)[:, None, None]
+    dtype, over = h.dtype, {"dim": (0, 2, 3), "keepdim": True}
+    h, t = (x.to(torch.promote_types(dtype, torch.float32)) for x in (h, t))
+    s = (h.var(correction=0, **over) + layer.eps).sqrt()
+    h = F.batch_norm(h, None, None, training=True, eps=layer.eps)  # normalised
+    weight, bias = layer.weight[:, None, None], layer.bias[:, None, None]
+    t = (t - t.mean(**over) - h * (h * t).mean(**over)) * (weight / s)
+    return (weight * h + bias).to(dtype), t.to(dtype)
+
+
+@contextmanager
+def batch_statistics(module: nn.Module):
+    """Evaluation mode in float32 for a while, but batch norms that are in training mode take the batch's statistics;
+    no buffer is changed. Differentiated twice (torch's forward mode has them constant in its gradient)."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
+    with eval_mode(module, bf16=False):
+        for norm in norms:
+            norm.running_mean = norm.running_var = None  # without them evaluation mode takes the batch's
+        try:
+            yield
+        finally:
+            for norm, (mean, variance) in zip(norms, running, strict=True):
+                norm.running_mean, norm.running_var = mean, variance
 
 
 @contextmanager

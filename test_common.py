@@ -139,7 +139,7 @@ def small_decoder(kind="as built", size=32, channels=1):
     decoder = lively(classes.get(kind, common.Decoder)(3, channels, size, 0.004))
     if kind == "changed":
         decoder.rest[1] = nn.Tanh()
-    return nn.Sequential(decoder) if kind == "wrapped" else decoder
+    return decoder
 
 
 def unfolded(decoder):
@@ -147,30 +147,98 @@ def unfolded(decoder):
     return lambda z: decoder.rest(decoder.first(decoder.linear(z).unflatten(1, (-1, 8, 8)))).tanh()
 
 
+def by_formula(norm, x):
+    """Batch norm by its formula: in training mode by the batch's statistics, in evaluation mode by the running ones."""
+    dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+    mean, variance = norm.running_mean, norm.running_var
+    if norm.training:
+        mean, variance = x.mean(dims), x.var(dims, correction=0)
+    mean, variance, weight, bias = (y.view(shape) for y in (mean, variance, norm.weight, norm.bias))
+    return (x - mean) / (variance + norm.eps).sqrt() * weight + bias
+
+
+norms_by_formula = mock.patch.object(nn.modules.batchnorm._BatchNorm, "forward", by_formula)
+
+
+@norms_by_formula
 def projected(function, mu):
-    """‖J u‖² of each image, J the Jacobian at mu, column by column by torch.func; u is drawn next."""
-    u, axes = torch.randn_like(mu), torch.eye(mu.shape[1]).to(mu)
-    columns = [torch.func.jvp(function, (mu,), (axis.expand_as(mu),))[1].flatten(1) for axis in axes]
-    return sum(u[:, i : i + 1] * columns[i] for i in range(len(columns))).square().sum(1)
+    """‖J u‖² of each image, J the Jacobian of all images at mu; u is drawn next."""
+    return torch.func.jvp(function, (mu,), (torch.randn_like(mu),))[1].flatten(1).square().sum(1)
 
 
-@pytest.mark.parametrize("kind", ["as built", "subclass", "changed", "wrapped"])
-@pytest.mark.parametrize("size", [32, 64])
-def test_gradient_penalty_is_a_projection_of_the_exact_jacobian(kind, size):
-    decoder, mu, penalties = small_decoder(kind, size, channels=2), torch.randn(2, 3).double(), []
+class OwnDecoder(nn.Module):
+    """z [M,n] -> images [M,2,4,4] by what torch's forward mode or its gradient fails on: batch norms, layer norm,
+    dropout, attention."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.linear, self.norms = nn.Linear(n, 16), nn.ModuleList([nn.BatchNorm1d(16), nn.BatchNorm2d(4)])
+        self.dropout, self.layer_norm = nn.Dropout(), nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+        self.last = nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, z):
+        h = self.layer_norm(self.dropout(self.norms[0](self.linear(z)))).view(-1, 4, 4)
+        h = self.norms[1](self.attention(h, h, h, need_weights=False)[0].mT.unflatten(2, (2, 2)))
+        return torch.tanh(self.last(nn.functional.interpolate(h, scale_factor=2)))
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "one norm frozen"])
+@pytest.mark.parametrize("kind", ["as built", "64 pixels", "subclass", "changed", "own"])
+def test_gradient_penalty_and_its_gradients_are_of_the_batchs_exact_jacobian(kind, mode):
+    B, n, size = 3, 3, 64 if kind == "64 pixels" else 32
+    decoder = OwnDecoder(n).double() if kind == "own" else small_decoder(kind, size)
+    mu, found = torch.randn(B, n).double().requires_grad_(), []
+    norms = [module for module in decoder.train(mode != "evaluation").modules() if hasattr(module, "running_var")]
+    norms[0].train(mode == "training")
     before = copy.deepcopy(decoder.state_dict())
-    torch.manual_seed(0)
-    frozen = next(module for module in decoder.train().modules() if isinstance(module, nn.BatchNorm2d)).eval()
-    penalty = common.gradient_penalty(decoder, mu)
-    assert decoder.training and all(torch.equal(v, before[k]) for k, v in decoder.state_dict().items())
-    assert not frozen.training
-    torch.manual_seed(0)
-    close(penalty, projected(decoder.eval(), mu))  # of u ~ N(0, I), so an unbiased estimate of ‖J‖²_F
-    inner = decoder.float()[0] if kind == "wrapped" else decoder.float()
-    for inner.bf16 in (False, True):  # only of this file's decoder in bfloat16, the others in float32
-        penalties.append(common.gradient_penalty(decoder, mu.float(), torch.Generator().manual_seed(1)))
-    assert inner.bf16 and torch.equal(*penalties) == (kind != "as built")
-    close(*penalties, 0.2 * penalties[0].max().item())
+    penalty = common.gradient_penalty(decoder, mu, torch.Generator().manual_seed(1))  # [B]
+    assert decoder.training == (mode != "evaluation") and norms[0].training == (mode == "training")
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+    for module in decoder.modules():
+        if module not in norms:
+            module.training = False  # dropout is off
+    generator, tangents = torch.Generator().manual_seed(1), torch.eye(B * n).double().view(-1, B, n)
+    jacobian = torch.func.jacrev if kind == "own" else torch.func.jacfwd  # forward mode has layer norms' gradient wrong
+    with norms_by_formula, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        J = jacobian(decoder)(mu).flatten(1, 3)  # [B,C·H·W,B,n]
+    if kind in ("as built", "64 pixels"):
+        u = torch.randn(B, n, dtype=torch.float64, generator=generator)
+        expected = torch.einsum("ipjk,jk->ip", J, u).square().sum(1)
+        exact = [decoder.jvp(mu, tangent).flatten(1) for tangent in tangents]  # every column, so the expectation too
+        close(torch.stack(exact, 2).view_as(J), J)
+    else:
+        v = torch.randint(2, J.shape[:2], dtype=torch.float64, generator=generator) * 2 - 1
+        expected = torch.einsum("ipjk,ip->jk", J, v).square().sum(1)
+    close(penalty, expected)
+    assert (J[0, :, 1].norm() > 1e-3 * J.norm()) == (mode != "evaluation")  # images touch each other
+    leaves, weights = [mu, *decoder.parameters()], torch.tensor([1.0, 2.0, 4.0]).double()
+    for value in (penalty, expected):
+        found.append(torch.autograd.grad((weights * value).sum(), leaves, allow_unused=True, materialize_grads=True))
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-9 * max(1, b.norm().item()))
+    assert sum(gradient.norm() > 1e-9 for gradient in found[0]) >= len(leaves) - 4
+
+
+def test_smaller_weights_before_a_batch_norm_are_the_same_net_with_the_same_penalty():
+    decoder, mu = small_decoder(), torch.randn(4, 3).double()
+    for training in (True, False):
+        penalties = []
+        for factor in (1, 100):
+            scaled = copy.deepcopy(decoder).train(training)
+            scaled.first.weight.data *= factor
+            scaled.rest[0].eps = 1e-12
+            penalties.append(common.gradient_penalty(scaled, mu, torch.Generator().manual_seed(1)).sum().item())
+        assert (abs(penalties[1] / penalties[0] - 1) < 1e-6) == training
+
+
+def test_only_the_decoder_of_this_file_has_its_penalty_in_bf16():
+    for kind, mode in itertools.product(("as built", "subclass"), (True, False)):
+        decoder, mu, penalties = small_decoder(kind).float().train(mode), torch.randn(4, 3), []
+        for decoder.bf16 in (False, True):
+            penalties.append(common.gradient_penalty(decoder, mu, torch.Generator().manual_seed(1)))
+        assert decoder.bf16 and torch.equal(*penalties) == (kind != "as built")
+        close(*penalties, 0.2 * penalties[0].max().item())
 
 
 @pytest.mark.parametrize(
@@ -317,11 +385,15 @@ LOSSES = [
 TINY_NETS = ["--width", "0.004", "--latent-dim", "3", "--fid", "none"]
 
 
-@pytest.mark.parametrize("line", LOSSES)
-def test_the_loss_and_its_gradient_are_the_papers(line):
+@pytest.mark.parametrize(
+    ("line", "training"),
+    [case for case in itertools.product(LOSSES, (False, True)) if case != ("rae --decoder-reg sn", True)],
+)  # spectral norms change with every use in training mode
+def test_the_loss_and_its_gradient_are_the_papers(line, training):
     name, *flags = line.split()
     args, found = SCRIPTS[name].arguments([*flags, *TINY_NETS, "--beta", "0.3"]), []
-    nets, x = [lively(net).eval() for net in SCRIPTS[name].nets(args)], torch.rand(6, 1, 32, 32).double() * 2 - 1
+    nets = [lively(net).train(training) for net in SCRIPTS[name].nets(args)]
+    x = torch.rand(6, 1, 32, 32).double() * 2 - 1
     leaves = [parameter for net in nets for parameter in net.parameters()]
     for loss in (SCRIPTS[name].loss, loss_by_hand):
         torch.manual_seed(1)

@@ -103,7 +103,7 @@ def test_benjamini_and_hochberg_by_hand():
     assert claims.verdicts(found).endswith("| all | 5 | 4 | 1 | 0 | 0 | 0 |")
 
 
-@pytest.mark.parametrize("dataset", study.SETTINGS)
+@pytest.mark.parametrize("dataset", ["fashion_mnist", "cifar10", "digits"])
 def test_every_claim_is_of_rows_of_the_study(dataset):
     labels = {row.label for row in study.study_rows(dataset)}
     every = [
