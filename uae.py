@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import common
 import fid
+import harness
 from common import (
     Decoder,
     Encoder,
@@ -34,16 +35,16 @@ from common import (
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """The flags of this script, checked, and what the data set gives for those not given."""
-    parser = common.argument_parser(__file__, __doc__)
+    parser = harness.argument_parser(__file__, __doc__)
     add = parser.add_argument
     add("--k", type=int, default=8, help="sigma points an image, at most 2n+1")
-    add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1" + common.by_data("sigma_points"))
+    add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1" + harness.by_data("sigma_points"))
     add("--kappa", type=float, default=0.5, help="radius sqrt(kappa + n) of the sigma points")
     add("--covariance", choices=("diagonal", "full"), default="diagonal", help="of the posterior")
     choices = ("w2", "w2-squared", "w2-norms")
     add("--regularizer", choices=choices, default="w2", help="Wasserstein metric, its square, or two norms")
     add("--gamma", type=float, default=1e-6, help="weight of the decoder regularisation")
-    args = common.parse_args(parser, argv)
+    args = harness.parse_args(parser, argv)
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
     variant = {"w2": "", "w2-squared": "²", "w2-norms": "ⁿ"}[args.regularizer] + "-full" * (args.covariance == "full")
     args.label = f"UAE{variant} {args.k}x {args.sigma_points}"
@@ -78,26 +79,26 @@ def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> 
 
 def main(argv: list[str] | None = None) -> dict:
     args = arguments(argv)
-    device = common.start(args)
-    model = common.prepare(nets(args), args, device)
+    device = harness.start(args)
+    model = harness.prepare(nets(args), args, device)
     encoder, decoder = model.values()
-    data = common.load_data(args, device)
+    data = harness.load_data(args, device)
     features = fid.load_features(args, data)
-    common.check_nets(model, loss, data.train, args)
+    harness.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    scheduler = common.learning_rate(optimizer, args)  # --schedule; in the paper halved after 5 epochs without progress
-    run = common.Run(args, model, optimizer, scheduler, data)
+    scheduler = harness.learning_rate(optimizer, args)  # halved after 5 epochs without progress
+    run = harness.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs:
         model.train()
         for x in run.batches():
             parts = loss(encoder, decoder, x, args)
             optimizer.zero_grad()
             parts["loss"].backward()
-            common.average_gradients(model)
+            harness.average_gradients(model)
             optimizer.step()
             run.log(parts, len(x))
         train, lr = run.means(), scheduler.get_last_lr()[0]
-        with common.validating(model, args.seed):
+        with harness.validating(model, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
@@ -107,4 +108,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 import common
 import fid
+import harness
 from common import (
     Decoder,
     Encoder,
     GaussianHead,
+    UserError,
     gradient_penalty,
     kl_divergence,
     largest_variance,
@@ -35,10 +37,10 @@ from common import (
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """The flags of this script, checked, and what the data set gives for those not given."""
-    parser = common.argument_parser(__file__, __doc__)
+    parser = harness.argument_parser(__file__, __doc__)
     add = parser.add_argument
     add("--k", type=int, default=8, help="sigma points an image, at most 2n+1")
-    add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1" + common.by_data("sigma_points"))
+    add("--sigma-points", choices=common.HEURISTICS, help="which of the 2n+1" + harness.by_data("sigma_points"))
     add("--kappa", type=float, default=0.5, help="radius sqrt(kappa + n) of the sigma points")
     add("--per-sample", action="store_true", help="match every decoded point (the † of Table 3)")
     add("--covariance", choices=("diagonal", "full"), default="diagonal", help="of the posterior")
@@ -46,9 +48,9 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--regularizer", choices=choices, default="kl", help="KL; for the starred models W2, its square, or two norms")
     add("--gp", action="store_true", help="add the decoder regularisation of Eq. 12 (the -GP models)")
     add("--gamma", type=float, default=1e-6, help="weight of the decoder regularisation")
-    args = common.parse_args(parser, argv)
+    args = harness.parse_args(parser, argv)
     if args.gamma != parser.get_default("gamma") and not args.gp:
-        raise common.UserError(f"--gamma {args.gamma} weighs nothing: add --gp")
+        raise UserError(f"--gamma {args.gamma} weighs nothing: add --gp")
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
     star = {"kl": "", "w2": "*", "w2-squared": "*²", "w2-norms": "*ⁿ"}[args.regularizer]
     variant = star + "-full" * (args.covariance == "full") + "-GP" * args.gp
@@ -89,26 +91,26 @@ def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> 
 
 def main(argv: list[str] | None = None) -> dict:
     args = arguments(argv)
-    device = common.start(args)
-    model = common.prepare(nets(args), args, device)
+    device = harness.start(args)
+    model = harness.prepare(nets(args), args, device)
     encoder, decoder = model.values()
-    data = common.load_data(args, device)
+    data = harness.load_data(args, device)
     features = fid.load_features(args, data)
-    common.check_nets(model, loss, data.train, args)
+    harness.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    scheduler = common.learning_rate(optimizer, args)  # --schedule; in the paper halved after 5 epochs without progress
-    run = common.Run(args, model, optimizer, scheduler, data)
+    scheduler = harness.learning_rate(optimizer, args)  # halved after 5 epochs without progress
+    run = harness.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs:
         model.train()
         for x in run.batches():
             parts = loss(encoder, decoder, x, args)
             optimizer.zero_grad()
             parts["loss"].backward()
-            common.average_gradients(model)
+            harness.average_gradients(model)
             optimizer.step()
             run.log(parts, len(x))
         train, lr = run.means(), scheduler.get_last_lr()[0]
-        with common.validating(model, args.seed):
+        with harness.validating(model, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
@@ -118,4 +120,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 import common
 import fid
+import harness
 from common import Decoder, Encoder
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """The flags of this script, checked, and what the data set gives for those not given."""
-    parser = common.argument_parser(__file__, __doc__, beta=10.0, beta_flags=("--mmd-weight", "--beta"))
+    parser = harness.argument_parser(__file__, __doc__, beta=10.0, beta_flags=("--mmd-weight", "--beta"))
     add = parser.add_argument
     add("--kernel", choices=("imq", "rbf"), default="imq", help="inverse multiquadric or Gaussian")
-    args = common.parse_args(parser, argv)
+    args = harness.parse_args(parser, argv)
     args.label = "WAE-MMD" + " rbf" * (args.kernel == "rbf")
     return args
 
@@ -75,26 +76,26 @@ def loss(encoder: nn.Module, decoder: nn.Module, x: Tensor, args: Namespace) -> 
 
 def main(argv: list[str] | None = None) -> dict:
     args = arguments(argv)
-    device = common.start(args)
-    model = common.prepare(nets(args), args, device)
+    device = harness.start(args)
+    model = harness.prepare(nets(args), args, device)
     encoder, decoder = model.values()
-    data = common.load_data(args, device)
+    data = harness.load_data(args, device)
     features = fid.load_features(args, data)
-    common.check_nets(model, loss, data.train, args)
+    harness.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    scheduler = common.learning_rate(optimizer, args)  # --schedule; in the paper halved after 5 epochs without progress
-    run = common.Run(args, model, optimizer, scheduler, data)
+    scheduler = harness.learning_rate(optimizer, args)  # halved after 5 epochs without progress
+    run = harness.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs:
         model.train()
         for x in run.batches():
             parts = loss(encoder, decoder, x, args)
             optimizer.zero_grad()
             parts["loss"].backward()
-            common.average_gradients(model)
+            harness.average_gradients(model)
             optimizer.step()
             run.log(parts, len(x))
         train, lr = run.means(), scheduler.get_last_lr()[0]
-        with common.validating(model, args.seed):
+        with harness.validating(model, args.seed):
             for x in common.validation_batches(data.val, args.batch_size):
                 run.log(loss(encoder, decoder, x, args), len(x))
         validation = run.means()
@@ -104,4 +105,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormat
 from scipy.stats import rankdata
 
 import common
+import harness
 from common import UserError
 from fid import KINDS
 from paper.claims import LIKE, SUCCESSES, columns_of, failure, paper_numbers, rank_correlation, values_by_row
@@ -128,7 +129,7 @@ def legend(panels: list[Panel]) -> list[Line2D]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("paper.agreement", __doc__)
+    parser = harness.Parser("paper.agreement", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="results of paper.study")
     parser.add_argument("--out", type=png, default=Path("runs/agreement.png"), help="the picture")
     args = parser.parse_args(argv)
@@ -154,4 +155,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

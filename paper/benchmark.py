@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import harness
 from paper.table import spread
 
 SCRIPTS = ("vae", "ut_vae", "uae", "rae", "iwae", "wae_mmd")
@@ -47,7 +48,7 @@ def stock(script: ModuleType) -> ModuleType:
 
 def training_step(script: ModuleType, args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], None]:
     """One step of the script's training loop, as a function of a batch."""
-    model = common.prepare(script.nets(args), args, device).train()
+    model = harness.prepare(script.nets(args), args, device).train()
     if isinstance(model["decoder"], StockDecoder):
         model.to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
@@ -56,7 +57,7 @@ def training_step(script: ModuleType, args: argparse.Namespace, device: torch.de
         parts = script.loss(model["encoder"], model["decoder"], x, args)
         optimizer.zero_grad()
         parts["loss"].backward()
-        common.average_gradients(model)
+        harness.average_gradients(model)
         optimizer.step()
 
     return step
@@ -119,7 +120,7 @@ def measure(script: ModuleType, args: argparse.Namespace, device: torch.device) 
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = common.Parser("paper.benchmark", __doc__)
+    parser = harness.Parser("paper.benchmark", __doc__)
     parser.add_argument("script", help="uae.py, or another of the six; its own flags may follow")
     parser.add_argument("--steps", type=int, default=5, help="how many are timed")
     parser.add_argument("--stock", type=int, metavar="N", help="measure the plain path too, N times in alternation")
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.batch_size < 2:
         parser.error(f"--batch-size {args.batch_size}: give 2 or more, for batch norm")
     args.steps = own.steps
-    device, shape = common.start(args), [args.channels, args.image_size, args.image_size]
+    device, shape = harness.start(args), [args.channels, args.image_size, args.image_size]
     scripts = [script, stock(script)] if own.stock else [script]
     rounds = [[measure(each, args, device) for each in scripts] for _ in range(own.stock or 1)]
     print(
@@ -161,4 +162,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

@@ -22,6 +22,7 @@ from scipy.stats import false_discovery_control, rankdata
 from scipy.stats import t as student
 
 import common
+import harness
 from fid import KINDS
 from paper.table import dataset_of, markdown, metrics_of, paper_results, read_results
 
@@ -320,7 +321,7 @@ def report(file: Path, wanted: str | None = None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("paper.claims", __doc__)
+    parser = harness.Parser("paper.claims", __doc__)
     parser.add_argument("results", type=Path, help="results of paper.study")
     parser.add_argument("--part", choices=PARTS, help="print this part alone")
     args = parser.parse_args(argv)
@@ -328,4 +329,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

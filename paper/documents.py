@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 
 import common
+import harness
 
 DOCUMENTS = ("README.md", "paper/results/README.md")
 BLOCK = re.compile(r"(?<=<!-- paper\.)(\w+) (.*?) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
@@ -29,7 +30,7 @@ def printed(module: str, arguments: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    common.Parser("paper.documents", __doc__).parse_args(argv)
+    harness.Parser("paper.documents", __doc__).parse_args(argv)
     for path in filter(Path.exists, map(Path, DOCUMENTS)):
         old = path.read_text(encoding="utf-8")
         new = BLOCK.sub(lambda block: f"{block[1]} {block[2]} -->\n{printed(block[1], block[2])}", old)
@@ -39,4 +40,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

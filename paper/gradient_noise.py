@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import common
 import fid
+import harness
 import ut_vae
 from common import UserError, sample_gaussian, sample_sigma_points
 
@@ -112,7 +113,7 @@ def save_figure(path: Path, runs: list[list[dict[str, float]]]) -> None:
 
 def arguments(argv: list[str] | None = None) -> list[Namespace]:
     """ut_vae.py's for each of --seeds, with K = 2 and random pairs."""
-    parser = common.Parser("paper.gradient_noise", __doc__ + "\nFurther flags are those of ut_vae.py.")
+    parser = harness.Parser("paper.gradient_noise", __doc__ + "\nFurther flags are those of ut_vae.py.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training for each")
     ours, rest = parser.parse_known_args(argv)
     for flag in (flag for flag in REFUSED if flag in [each.partition("=")[0] for each in rest]):
@@ -128,21 +129,21 @@ def arguments(argv: list[str] | None = None) -> list[Namespace]:
 
 def train(args: Namespace) -> Iterator[dict[str, float]]:
     """Train as ut_vae.py does, and measure after each epoch."""
-    device = common.start(args)
-    model = common.prepare(ut_vae.nets(args), args, device)
+    device = harness.start(args)
+    model = harness.prepare(ut_vae.nets(args), args, device)
     encoder, decoder = model.values()
-    data = common.load_data(args, device)
+    data = harness.load_data(args, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    scheduler = common.learning_rate(optimizer, args)
+    scheduler = harness.learning_rate(optimizer, args)
     for epoch in range(args.epochs):
         model.train()
-        torch.manual_seed(common.stream_seed(args.seed, "noise", epoch=epoch))
-        shuffle = common.stream_seed(args.seed, "shuffle", epoch=epoch)
+        torch.manual_seed(harness.stream_seed(args.seed, "noise", epoch=epoch))
+        shuffle = harness.stream_seed(args.seed, "shuffle", epoch=epoch)
         for x in common.epoch_batches(data.train, args.batch_size, shuffle, args.flip):
             optimizer.zero_grad()
             ut_vae.loss(encoder, decoder, x, args)["loss"].backward()
             optimizer.step()
-        with common.validating(model, args.seed):
+        with harness.validating(model, args.seed):
             batches = common.validation_batches(data.val, args.batch_size)
             losses = [(ut_vae.loss(encoder, decoder, v, args)["loss"].item(), len(v)) for v in batches]
         loss = sum(loss * images for loss, images in losses) / len(data.val)
@@ -163,11 +164,11 @@ def main(argv: list[str] | None = None) -> list[list[dict[str, float]]]:
         for row in train(args):
             runs[-1].append(row)
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-            common.write_csv(folder / "gradient_noise.csv", [row for run in runs for row in run])
+            harness.write_csv(folder / "gradient_noise.csv", [row for run in runs for row in run])
     save_figure(folder / "gradient_noise.png", runs)
     print(f"{summary(runs)}\neverything is in {folder}/")
     return runs
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import common
 import fid
+import harness
 import ut_vae
 from paper.table import png
 
@@ -112,14 +113,14 @@ def choose(mu: Tensor, scale: Tensor) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> list[Example]:
-    parser = common.Parser("paper.idea", __doc__)
+    parser = harness.Parser("paper.idea", __doc__)
     parser.add_argument("--out", type=png, default=Path("runs/idea.png"), help="the picture")
     parser.add_argument("--epochs", type=int, default=60, help="of the training")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # it names a folder that will go
         ut_vae.main([*TRAINING.split(), "--epochs", str(args.epochs), "--out", folder])
         (run,) = Path(folder).iterdir()
-        encoder, decoder, _ = common.load_trained(run, ut_vae.nets)
+        encoder, decoder, _ = harness.load_trained(run, ut_vae.nets)
     data = common.load_dataset("digits")
     with torch.inference_mode():
         means, _ = encoder(common.to_float(data.train))
@@ -133,4 +134,4 @@ def main(argv: list[str] | None = None) -> list[Example]:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

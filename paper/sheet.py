@@ -24,6 +24,7 @@ from torchvision.utils import make_grid
 
 import common
 import fid
+import harness
 from common import UserError
 from paper.table import IGNORED, names_of, place, png, results_table
 
@@ -81,18 +82,18 @@ def find_runs(folders: list[Path]) -> list[tuple[Path, Namespace]]:
 @torch.inference_mode()
 def make_row(folder: Path, args: Namespace, data: common.Dataset, label: str) -> Row:
     """Decode what the sheet shows of a run."""
-    encoder, decoder, _ = common.load_trained(folder, importlib.import_module(args.script).nets)
+    encoder, decoder, _ = harness.load_trained(folder, importlib.import_module(args.script).nets)
 
     def grid(images: Tensor, columns: int) -> Tensor:
         return make_grid((images + 1) / 2, nrow=columns, padding=1, pad_value=1)
 
     inputs = data.test[:16]
-    means, _ = common.posterior(encoder, common.to_float(inputs))
+    means, _ = harness.posterior(encoder, common.to_float(inputs))
     rows = torch.cat([common.to_float(inputs[:8]), decoder(means[:8])])
     steps = [common.slerp(means[8:10], means[10:12], step / 6) for step in range(7)]
     interpolations = decoder(torch.stack(steps, 1).flatten(0, 1))
     samples = decoder(fid.sample_latents(folder, 16, args.seed))
-    mu, scale = common.posterior(encoder, common.to_float(data.val[: args.limit_eval][:1000]))
+    mu, scale = harness.posterior(encoder, common.to_float(data.val[: args.limit_eval][:1000]))
     grids = (grid(rows, 8), grid(samples, 8), grid(interpolations, 7))
     posterior = None if scale is None else (mu, common.variances(scale))
     return Row(label, dict(zip(COLUMNS, grids, strict=True)), posterior)
@@ -198,7 +199,7 @@ def save_page(path: Path, rows: list[Row], table: str, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    parser = common.Parser("paper.sheet", __doc__)
+    parser = harness.Parser("paper.sheet", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="folders of runs, for example runs/")
     parser.add_argument("--out", type=png, help="the picture; the page is beside it (default: sheet.png in the first)")
     args = parser.parse_args(argv)
@@ -218,4 +219,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

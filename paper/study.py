@@ -31,6 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import common
+import harness
 from common import UserError
 from fid import KINDS
 from paper.table import paper_rows, read_results, regex
@@ -176,7 +177,7 @@ def study(
                 process.join()
                 line = record(row, seed, log, process.exitcode, metrics, *start)
                 lines[row.label, seed] = line
-                common.write_csv(file, list(lines.values()), heading=f"# {setting}\n")
+                harness.write_csv(file, list(lines.values()), heading=f"# {setting}\n")
                 spent += row.cost
                 left = sum(row.cost for _, row in waiting) + sum(row.cost for _, _, row, *_ in running.values()) / 2
                 about = tqdm.format_interval((time.monotonic() - started) / spent * left)
@@ -192,7 +193,7 @@ def study(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("paper.study", __doc__)
+    parser = harness.Parser("paper.study", __doc__)
     add = parser.add_argument
     add("--dataset", choices=SETTINGS, default="fashion_mnist", help="whose rows and setting")
     add("--images", metavar="FOLDER", help="take CIFAR-10's images from here")
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     file = args.results or args.out / "results.csv"
     if not args.dry_run:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = common.locked(file.with_name(f".{file.name}.lock"))
+        lock = harness.locked(file.with_name(f".{file.name}.lock"))
     other, lines = read_results(file) if file.exists() else (setting, [])
     if other != setting:
         way = "--images FOLDER" if other.startswith(f"{setting} (") else "another --results"
@@ -237,4 +238,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

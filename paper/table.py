@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
+import harness
 from common import UserError
 from fid import KINDS
 
@@ -29,7 +30,7 @@ DATASETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR10", "celeba": "C
 ORDER = ["VAE", "UT-VAE", "RAE-no-reg", "RAE-GP", "RAE-L2", "RAE-SN", "VAE*", "UT-VAE*", "UAE", "IWAE", "WAE-MMD"]
 MEASURED = {"validation_mse": ("MSE", 5), "collapsed_dimensions": ("Collapsed", 1), "mean_variance": ("Variance", 3)}
 # differ between runs of one row: the seed, where a run was and how it was started; the label follows from the others
-IGNORED = common.UNNAMED | {"command", "name", "label"}
+IGNORED = harness.UNNAMED | {"command", "name", "label"}
 # settings that runs of different models share, or should not be compared by
 SHARED = (
     "setting", "epochs", "schedule", "lr", "batch_size", "latent_dim", "width", "image_size", "precision",
@@ -247,7 +248,7 @@ def png(text: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("paper.table", __doc__)
+    parser = harness.Parser("paper.table", __doc__)
     add = parser.add_argument
     add("folders", type=Path, nargs="*", help="folders of runs, for example runs/, or results of paper.study")
     add("--rows", metavar="REGEX", type=regex, help="only models whose name has this")
@@ -261,4 +262,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    harness.cli(main)

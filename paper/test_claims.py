@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-import common
+import harness
 from common import UserError
 from fid import KINDS
 from paper import agreement, claims, documents, study, table
@@ -22,7 +22,7 @@ def results_file(path, rows, dataset="fashion_mnist"):
         collapsed = "" if label.startswith("RAE") else v
         line |= {"validation_mse": v / 1000, "collapsed_dimensions": collapsed, "mean_variance": collapsed}
         lines.append(line | {"error": "NaN" if label == "Bad" else ""})
-    common.write_csv(Path(path), lines, heading=f"# {study.SETTINGS[dataset]}\n")
+    harness.write_csv(Path(path), lines, heading=f"# {study.SETTINGS[dataset]}\n")
     return Path(path)
 
 

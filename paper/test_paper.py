@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import common
+import harness
 import rae
 import uae
 import ut_vae
@@ -109,8 +110,8 @@ def test_gradient_noise_of_a_linear_decoder_is_that_by_hand():
 def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     monkeypatch.setattr(gradient_noise, "PAIRS", 4)
     monkeypatch.setattr(gradient_noise, "SAMPLES", 6)
-    trained, prepare = [], common.prepare
-    monkeypatch.setattr(common, "prepare", lambda *a: trained.append(prepare(*a)) or trained[-1])
+    trained, prepare = [], harness.prepare
+    monkeypatch.setattr(harness, "prepare", lambda *a: trained.append(prepare(*a)) or trained[-1])
     argv = [*TINY, "--epochs", "2"]
     ut_vae.main([*argv, "--k", "2", "--sigma-points", "pairs", "--fid", "none"])
     measured = gradient_noise.main([*argv, "--seeds", "0", "1"])
@@ -161,7 +162,7 @@ def test_a_sheet_shows_the_runs_images_and_counts(capsys):
     assert row.collapsed() == f"{results['collapsed_dimensions']} of 16 collapsed"
     assert row.variances().mean() == pytest.approx(results["mean_variance"], rel=1e-5)
     folder = next(Path("runs").glob("uae*"))
-    encoder, decoder, _ = common.load_trained(folder, uae.nets)
+    encoder, decoder, _ = harness.load_trained(folder, uae.nets)
     test = common.load_dataset("digits").test
     means = encoder(common.to_float(test[:16]))[0]
     decoded = (decoder(torch.cat([means, common.slerp(means[8:9], means[10:11])]))[:, 0] + 1) / 2

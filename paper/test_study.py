@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
 import fid
+import harness
 import rae
 import vae
 from common import UserError
@@ -61,7 +61,7 @@ def test_a_study_fails_is_killed_and_loses_nothing(monkeypatch, capsys):
     assert re.match("exit code 2: rae.py: error: cannot read .*last.pt", line["error"])
     while True:  # the run ends with the study
         with contextlib.suppress(UserError):
-            common.locked(vae_run / ".lock").close()
+            harness.locked(vae_run / ".lock").close()
             break
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -177,7 +177,7 @@ def test_two_studies_with_one_file_of_results_are_one_too_many(monkeypatch, caps
     monkeypatch.setattr(study, "study", None)
     argv = ["--dataset", "digits", "--seeds", "0", "--out", "out"]
     Path("out").mkdir()
-    with common.locked(Path("out/.results.csv.lock")):
+    with harness.locked(Path("out/.results.csv.lock")):
         study.main([*argv, "--dry-run"])  # what is left may be asked
         assert "to do" in capsys.readouterr().out
         with pytest.raises(UserError, match="out/ is in use by another"):
