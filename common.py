@@ -26,7 +26,7 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,10 +83,10 @@ def sample_sigma_points(
 ) -> Tensor:
     """K of the 2n+1 sigma points, drawn without replacement and independently for each image (Eq. 9, Appendix C).
 
-    mu [B,n], standard deviations [B,n] or L [B,n,n] -> [B,K,n]; only the K points asked for are built. heuristic:
-    `random`: any of the 2n+1; `pairs`: both points of random axes; `largest`: both points of the axes with the longest
-    columns of L, for a diagonal Σ its largest entries. The last two add the mean if K is odd. Raises ValueError for K
-    outside 1..2n+1, kappa <= -n, or an unknown heuristic.
+    mu [B,n], standard deviations [B,n] or L [B,n,n] -> [B,K,n]. heuristic: `random`: any of the 2n+1; `pairs`: both
+    points of random axes; `largest`: both points of the axes with the longest columns of L, for a diagonal Σ its
+    largest entries. The last two add the mean if K is odd. Raises ValueError for K outside 1..2n+1, kappa <= -n, or an
+    unknown heuristic.
     """
     B, n = mu.shape
     check_sigma_points(k, n, kappa)
@@ -100,14 +100,7 @@ def sample_sigma_points(
         place = F.pad(torch.cat([plus, plus + n], dim=1), (k % 2, 0))
     else:
         raise UserError(f"heuristic {heuristic!r}: choose from {', '.join(HEURISTICS)}")
-    axis, sign = (place - 1) % n, (place > 0).to(mu.dtype) - 2 * (place > n).to(mu.dtype)  # the mean's sign is 0
-    step = math.sqrt(kappa + n) * sign  # [B,K]
-    if scale.dim() == 2:  # column i of a diagonal L has one entry
-        lengths = (step * scale.gather(1, axis)).unsqueeze(2)  # of mu's and scale's common type
-        offsets = lengths.new_zeros(B, k, n).scatter(2, axis.unsqueeze(2), lengths)
-    else:
-        offsets = step.unsqueeze(2) * scale.mT.gather(1, axis.unsqueeze(2).expand(-1, -1, n))
-    return mu.unsqueeze(1) + offsets  # [B,K,n]
+    return sigma_points(mu, scale, kappa).gather(1, place.unsqueeze(2).expand(-1, -1, n))  # [B,K,n]
 
 
 def sample_gaussian(mu: Tensor, scale: Tensor, k: int, generator: Generator | None = None) -> Tensor:
@@ -172,11 +165,13 @@ def gradient_penalty(
     belong to mu_i), and the expectation of the sum is ‖J‖²_F. In training the loss beside it normalises B·K points, the
     penalty B means, in validation both by the running statistics: `train_gp` and `val_gp` are two measures.
     """
-    if type(decoder) is Decoder and repr(decoder) == decoder.built:  # no layer was changed
+    if type(decoder) is Decoder and repr(decoder) == decoder.built:  # repr lists all layers and their settings
         u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
         return decoder.jvp(mu, u, fold).square().sum((1, 2, 3))  # J u [B,C,H,W]
-    eager, attention = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # others know no double
-    with batch_statistics(decoder), eager, attention, torch.enable_grad():
+    fp32, eager = torch.autocast(mu.device.type, enabled=False), torch.compiler.set_stance("force_eager")
+    attention = sdpa_kernel(SDPBackend.MATH)  # as compiled code, fused attention cannot be differentiated twice
+    with batch_statistics(decoder), fp32, eager, attention, torch.enable_grad():
+        mu = mu.to(torch.promote_types(mu.dtype, torch.float32))
         mu = mu if mu.requires_grad else mu.detach().requires_grad_()
         images = decoder(mu)
         v = torch.randint(2, images.shape, device=mu.device, dtype=images.dtype, generator=generator) * 2 - 1
@@ -202,10 +197,15 @@ def check_image_size(image_size: int, sizes: tuple[int, ...] = (32, 64)) -> None
         raise UserError(f"images of {image_size} pixels: this net is made for {' or '.join(map(str, sizes))}")
 
 
+def autocast(net: nn.Module, device: torch.device):
+    """bfloat16 where the net's flag `bf16` says so; else whatever autocast the caller has in force."""
+    return torch.autocast(device.type, torch.bfloat16) if net.bf16 else nullcontext()
+
+
 class Encoder(nn.Module):
     """x [B,C,H,W] in [-1,1] -> features [B, self.features]: six 3×3 stride-2 convolutions (Table 4)."""
 
-    bf16 = False  # run the convolutions in bfloat16, by autocast
+    bf16 = False  # run the convolutions in bfloat16
 
     def __init__(self, channels: int, image_size: int, width: float = 1.0) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_size(x.shape[-1], (self.image_size,))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(self, x.device):
             h = self.layers[:-3](x)  # [B,512,1,1], of 64×64 images [B,512,2,2]
             if self.bf16:  # as a matrix product of the taps in the image (paper/README.md, Speed)
                 side = h.shape[-1]
@@ -277,7 +277,7 @@ class Decoder(nn.Module):
         self.built = repr(self)  # `jvp` knows these layers and `forward` alone: change both, or derive a class
 
     def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(self, z.device):
             fold = self.fold(z) if fold is None else fold
             return torch.tanh(self.rest(self.affine(z, fold)).to(z.dtype))
 
@@ -292,7 +292,7 @@ class Decoder(nn.Module):
         if torch.compiler.is_exporting() or z.numel() // n + 2 * len(z) * penalty <= n + 1:
             return None  # an export compares no sizes: they would be constants in it
         columns = torch.cat([self.linear.weight.T, self.linear.bias.unsqueeze(0)])  # [n+1, 1024·8·8]
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(self, z.device):
             columns = self.first(columns.unflatten(1, (-1, 8, 8)))  # [n+1, 512, 16, 16]
         columns = columns.permute(0, 2, 3, 1).flatten(1)  # [n+1, 16·16·512]: channels last
         return columns[:-1], columns[-1]
@@ -311,7 +311,7 @@ class Decoder(nn.Module):
         torch's own forward mode would convolve every layer's input with a derivative of the weights that is zero, and
         fails in batch norm under autocast.
         """
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(self, z.device):
             h, t = self.affine(z, fold), self.affine(u, fold, bias=False)  # value and tangent
             for layer in self.rest:
                 if isinstance(layer, nn.BatchNorm2d):
@@ -345,31 +345,31 @@ def batch_statistics(module: nn.Module):
     no buffer is changed. Differentiated twice (torch's forward mode has them constant in its gradient)."""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
-    with eval_mode(module, bf16=False):
+    flagged = [net for net in module.modules() if getattr(net, "bf16", False)]
+    with eval_mode(module):
         for norm in norms:
             norm.running_mean = norm.running_var = None  # without them evaluation mode takes the batch's
+        for net in flagged:
+            net.bf16 = False
         try:
             yield
         finally:
             for norm, (mean, variance) in zip(norms, running, strict=True):
                 norm.running_mean, norm.running_var = mean, variance
+            for net in flagged:
+                net.bf16 = True
 
 
 @contextmanager
-def eval_mode(module: nn.Module, bf16: bool = True):
+def eval_mode(module: nn.Module):
     """The module in evaluation mode for a while: batch norm uses its running statistics and leaves them alone."""
     training = [(part, part.training) for part in module.modules()]
-    nets = [net for net in module.modules() if getattr(net, "bf16", False)]
     module.eval()
-    for net in nets:
-        net.bf16 = bf16
     try:
         yield
     finally:
         for part, before in training:
             part.training = before
-        for net in nets:
-            net.bf16 = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class Features(nn.Module):
             return self.net(x).float()  # without TF32 or autocast: the same everywhere
 
 
-def InceptionFeatures(weights: str | Path = "imagenet") -> Features:
+def inception_features(weights: str | Path = "imagenet") -> Features:
     """The 2048 pooled features of Inception v3, for FID.
 
     weights: `imagenet` (torchvision's), `tf` (the original FID weights, as ported for pytorch-fid), or the path of a
@@ -201,7 +201,7 @@ def picture_features(name: str) -> Features:
     1280 pooled ones of EfficientNet-Lite0, trained on ImageNet: net and weights are two pip packages. Distances on
     these, scaled as it was trained, are called FD-Lite0, never FID."""
     if not name.startswith("lite0"):
-        return InceptionFeatures(name)
+        return inception_features(name)
     size = name.removeprefix("lite0").removeprefix("@") or "224"
     if not size.isdecimal() or not 32 <= int(size) <= 512:
         raise UserError(f"--fid {name}: give lite0, or lite0@PIXELS with 32 to 512 pixels, for example lite0@128")
@@ -315,8 +315,9 @@ COLLAPSED = 0.9  # mean variance from which a dimension is called so: the prior'
 def load_features(args: argparse.Namespace, data: common.Dataset) -> list[Features]:
     """The features that --fid names, none for `none`: whatever is missing or unfit is reported before training."""
     names = [name for name in args.fid if name != "none"]
-    if names and (len(data.train) < COMPONENTS or min(args.images) < 2):
-        raise UserError("{} training, {} validation, {} test images: too few, use --fid none".format(*args.images))
+    counts = [len(split) for split in data]
+    if names and (counts[0] < COMPONENTS or min(counts) < 2):
+        raise UserError("{} training, {} validation, {} test images: too few, use --fid none".format(*counts))
     if common.RANK > 0:  # rank 0 evaluates
         return []
     loaded = [
@@ -440,7 +441,7 @@ def describe(run: harness.Run, data: common.Dataset, reconstructions: Tensor, be
         "quantisation": "uint8, rounded",
         "precision": args.precision,  # of the nets in this evaluation
         "reference": "test images",
-        "images": dict(zip(("train", "validation", "test"), args.images, strict=True)),
+        "images": {"train": len(data.train), "validation": len(data.val), "test": len(data.test)},
         "best_epoch": best["epoch"],  # 0: the untrained net
         "best_validation_loss": best["loss"] if best["epoch"] else None,
         "validation_mse": error.square().mean().item(),

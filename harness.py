@@ -120,10 +120,10 @@ def argument_parser(script: str, description: str, beta: float = 2.5e-4, beta_fl
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse, and fill in what the data set gives for flags that are not given, and the run's name; `start` adds the
-    precision, `load_data` how many images there are."""
-    args, script = parser.parse_args(argv), Path(parser.prog).stem
+    precision, `Run` how many images there are."""
+    args = parser.parse_args(argv)
     args.data_dir, args.out = (str(Path(path).expanduser()) for path in (args.data_dir, args.out))
-    data, defaults = args.dataset, DEFAULTS.get(args.dataset, OWN)
+    script, data, defaults = Path(parser.prog).stem, args.dataset, DEFAULTS.get(args.dataset, OWN)
     if defaults is OWN:
         own = own_images(data).resolve()
         if own in Path(args.out, script).resolve().parents:
@@ -250,14 +250,17 @@ def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device:
     model = nn.ModuleDict(dict(zip(("encoder", "decoder"), nets, strict=True)))
     if any(nn.parameter.is_lazy(tensor) for tensor in model.state_dict().values()):
         raise UserError("nets(args) has a lazy layer that knows no sizes yet: run it once there")
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device)
+    for tensor in (tensor for tensor in model.parameters() if tensor.dim() == 4):
+        tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     if LAUNCHED:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
-    nets = [net for net in model.modules() if hasattr(net, "bf16")]  # heads, terms and losses stay in float32
-    if args.precision == "bf16" and not nets:
-        args.precision = "fp32"  # own nets
-    for net in nets:
+    flagged = [net for net in model.modules() if hasattr(net, "bf16")]  # heads, terms and losses stay in float32
+    if args.precision == "bf16" and not flagged:
+        note("these nets have no flag bf16: they run in fp32")
+        args.precision = "fp32"
+    for net in flagged:
         net.bf16 = args.precision == "bf16"
     if args.compile:
         model["encoder"].compile()
@@ -266,23 +269,18 @@ def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device:
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
-    """The data set of a run's arguments on the device. Raises UserError if it has too few images."""
+    """The data set of a run's arguments on the device. Raises UserError if it cannot be had or does not fit."""
     with rank_zero_first():
         data = load_dataset(args.dataset, args.data_dir, args.image_size)
     limits = args.limit_train, args.limit_eval, args.limit_eval
     data = Dataset(*(split[:limit] for split, limit in zip(data, limits, strict=True)))
-    args.images = [len(split) for split in data]
     if args.dataset not in DEFAULTS:  # own images may change under their name
         args.images_crc32 = [zlib.crc32(split.contiguous().numpy()) for split in data]
-    least = 2 * args.ranks, args.ranks, args.ranks
-    if any(found < needed for found, needed in zip(args.images, least, strict=True)):
-        text = "{} training, {} validation and {} test images: give {}, {} and {} or more; of 10 a tenth is held out"
-        raise UserError(text.format(*args.images, *least))
-    data = Dataset(*(split.to(device) for split in data))
-    most = len(data.train) // args.ranks
-    if not 2 <= args.batch_size <= most:
-        raise UserError(f"--batch-size {args.batch_size}: give 2 to {most}, the training images of each rank")
-    return data
+    try:
+        return Dataset(*(split.to(device) for split in data))
+    except torch.OutOfMemoryError as error:
+        size = sum(split.nbytes for split in data) / 2**30
+        raise UserError(f"no room for the {size:.3g} GiB of images on {device}: lower --limit-train") from error
 
 
 @contextmanager
@@ -331,14 +329,24 @@ def posterior(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return found if isinstance(found, tuple) else (found, None)
 
 
-def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namespace) -> None:
-    """Raise UserError unless a few images go through a copy of the nets as training and `fid.evaluate` need it."""
+def check_nets(model: nn.ModuleDict, loss, data: Dataset, args: argparse.Namespace) -> None:
+    """Raise UserError unless there are enough images, and a few of them go through a copy of the nets and the loss as
+    training and `fid.evaluate` need it. What raises inside one's own net or loss stays its traceback."""
+    least = 2 * args.ranks, args.ranks, args.ranks
+    if any(len(found) < needed for found, needed in zip(data, least, strict=True)):
+        text = "{} training, {} validation and {} test images: give {}, {} and {} or more; of 10 a tenth is held out"
+        raise UserError(text.format(*map(len, data), *least))
+    most = len(data.train) // args.ranks
+    if not 2 <= args.batch_size <= most:
+        raise UserError(f"--batch-size {args.batch_size}: give 2 to {most}, the training images of each rank")
     encoder, decoder = copy.deepcopy(model).values()
-    x = to_float(images[:4])
-    with explained("the nets fail"), torch.no_grad(), eval_mode(encoder), eval_mode(decoder):
+    x = to_float(data.train[:4])
+    with torch.no_grad(), eval_mode(encoder), eval_mode(decoder):
         mean, scale = posterior(encoder, x)
-        outputs = decoder(100 * torch.randn_like(mean))  # far out, where an untrained net shows its range
-    B, n = len(x), mean.shape[-1]
+        if mean.dim() != 2 or len(mean) != len(x):
+            raise UserError(f"the encoder's mean is {list(mean.shape)}: [{len(x)},n] is needed")
+        images = decoder(100 * torch.randn_like(mean))  # far out, where an untrained net shows its range
+    B, n = mean.shape
     if scale is not None:
         smallest = (scale.diagonal(dim1=-2, dim2=-1) if scale.dim() == 3 else scale).min()
         upper = scale.dim() == 3 and bool(scale.triu(1).any())  # Σ itself, or Lᵀ
@@ -347,14 +355,18 @@ def check_nets(model: nn.ModuleDict, loss, images: Tensor, args: argparse.Namesp
                 f"the encoder's scale is {list(scale.shape)}, its smallest entry {smallest:.3g}: return (mean, scale) "
                 f"with standard deviations [{B},{n}], exp(logvar / 2), or a lower Cholesky factor [{B},{n},{n}]"
             )
-    sigmoid = 0 <= outputs.min() < outputs.max()  # alike everywhere: a last layer that starts at zero
-    if outputs.shape != x.shape or not outputs.abs().max() <= 1 or sigmoid:
-        found = f"{list(outputs.shape)} from {outputs.min():.3g} to {outputs.max():.3g}"
-        raise UserError(f"the decoder's images are {found}: {list(x.shape)} in [-1,1] are needed, as of a tanh")
-    with explained("the nets cannot be trained by this loss (README, Your own nets)"):
-        loss(encoder, decoder, x, args)["loss"].backward()
-        with torch.no_grad(), eval_mode(encoder), eval_mode(decoder):
-            loss(encoder, decoder, x, args)  # as in validation
+    if images.shape != x.shape:
+        raise UserError(f"the decoder's images are {list(images.shape)}: {list(x.shape)} is needed")
+    low, high = images.min(), images.max()
+    if low < -1 or high > 1 or 0 <= low < high:
+        note(f"the decoder's images are from {low:.3g} to {high:.3g}, the data from -1 to 1, to which they are clamped")
+    for training in (True, False):  # False: as in validation
+        with torch.set_grad_enabled(training):
+            parts = loss(encoder.train(training), decoder.train(training), x, args)
+        if shapes := {name: list(part.shape) for name, part in parts.items() if part.dim()}:
+            raise UserError(f"the loss's parts have the shapes {shapes}: return their means")
+        if training:
+            parts["loss"].backward()
 
 
 def learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
@@ -377,6 +389,14 @@ def load_checkpoint(path: Path) -> dict:
     """A checkpoint on the CPU, without executing code from it. Raises UserError naming the file."""
     with explained(f"cannot read {path} as a checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Replace a checkpoint. Raises UserError if the disk fails."""
+    content = io.BytesIO()  # torch.save to a full disk is a RuntimeError, as a bug would be
+    torch.save(state, content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_trained(
@@ -404,6 +424,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, model: nn.Module, optimizer, scheduler, data: Dataset) -> None:
         self.args, self.model, self.optimizer, self.scheduler, self.data = args, model, optimizer, scheduler, data
         self.dir, self.device = Path(args.out) / args.name, data.train.device
+        args.images = [len(split) for split in data]  # compared when a run goes on
         self.epoch, self.best, self.history = 0, math.inf, []  # epochs done, best validation loss, rows of metrics.csv
         self.logged = []  # [(parts of the loss, images)] since the last call of `means`
         self.started, self.speed = time.perf_counter(), 0.0  # of the epoch; training images/s
@@ -420,7 +441,7 @@ class Run:
         if RANK == 0:
             print(f"if it is stopped, it goes on by: {args.command}")
             print("{}: {} training, {} validation and {} test images".format(args.data, *args.images))
-            ranks = f" ({args.ranks} ranks)" * (args.ranks > 1)
+            ranks = f" ({args.ranks} ranks)" if args.ranks > 1 else ""
             begin = f"goes on after epoch {self.epoch}" if state[0] else "a new run"
             print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/: {begin}", flush=True)
 
@@ -509,12 +530,11 @@ class Run:
         the others can be made again."""
         best = {"model": self.model.state_dict(), "epoch": self.epoch, "args": vars(self.args), "loss": self.best}
         last = best | {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
+        last["history"] = self.history
         with replacing(self.dir / "args.json") as temporary:
             temporary.write_text(json.dumps(vars(self.args), indent=1))
         if self.history:
             write_csv(self.dir / "metrics.csv", self.history)
-        for name, state in [("best.pt", best)] * improved + [("last.pt", last | {"history": self.history})]:
-            content = io.BytesIO()  # torch.save to a full disk is a RuntimeError, as a bug would be
-            torch.save(state, content)
-            with replacing(self.dir / name) as temporary:
-                temporary.write_bytes(content.getbuffer())
+        if improved:
+            save_checkpoint(self.dir / "best.pt", best)
+        save_checkpoint(self.dir / "last.pt", last)

@@ -57,6 +57,7 @@ def _seeded_in_its_own_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(harness, "keep_memory", lambda: None)  # by `cli`, for a whole process
+    harness.note.cache_clear()
 
 
 def close(a, b, tolerance=1e-9):
@@ -85,13 +86,10 @@ def test_sigma_points_are_equation_5_with_the_moments_of_the_posterior(kappa):
         close((points - mean).mT @ (points - mean) / 9, 2 * (kappa + 4) / 9 * L @ L.mT)  # Eq. 7; kappa = 1/2: Σ itself
 
 
-def test_samplers_take_the_longest_columns_build_only_what_is_asked_for_and_follow_their_generator():
+def test_samplers_take_the_longest_columns_and_follow_their_generator():
     L = torch.tensor([[[1.0, 0.0], [3.0, 0.1]], [[0.1, 0.0], [0.1, 2.0]]])  # rows and the first diagonal say otherwise
     steps = common.sample_sigma_points(torch.zeros(2, 2), L, 2, "largest") / math.sqrt(2.5)
     close(steps, [[[1, 3], [-1, -3]], [[0, 2], [0, -2]]], 1e-6)
-    for heuristic in common.HEURISTICS:  # all 2n+1 would take 720 GB
-        z = common.sample_sigma_points(torch.zeros(1, 300_000), torch.ones(1, 300_000), 2, heuristic)
-        assert z.shape == (1, 2, 300_000)
     given = torch.randn(5, 4), torch.rand(5, 4)
     for draw in (common.sample_gaussian, common.sample_sigma_points):
         a, b, c = (draw(*given, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -233,13 +231,20 @@ def test_smaller_weights_before_a_batch_norm_are_the_same_net_with_the_same_pena
         assert (abs(penalties[1] / penalties[0] - 1) < 1e-6) == training
 
 
-def test_only_the_decoder_of_this_file_has_its_penalty_in_bf16():
+def test_nets_follow_their_flag_or_a_callers_autocast_and_an_own_decoders_penalty_neither():
     for kind, mode in itertools.product(("as built", "subclass"), (True, False)):
         decoder, mu, penalties = small_decoder(kind).float().train(mode), torch.randn(4, 3), []
-        for decoder.bf16 in (False, True):
-            penalties.append(common.gradient_penalty(decoder, mu, torch.Generator().manual_seed(1)))
-        assert decoder.bf16 and torch.equal(*penalties) == (kind != "as built")
-        close(*penalties, 0.2 * penalties[0].max().item())
+        for decoder.bf16, autocast in ((False, False), (True, False), (False, True)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                fold = decoder.fold(mu, penalty=True)
+                penalties.append(common.gradient_penalty(decoder, mu, torch.Generator().manual_seed(1), fold))
+        assert torch.equal(penalties[1], penalties[2]) and (penalties[2] != penalties[0]).any() == (kind == "as built")
+        close(*penalties[:2], 0.2 * penalties[0].max().item())
+    for net, x in ((common.Encoder(1, 32, 0.02), torch.randn(4, 1, 32, 32)), (small_decoder().float(), mu)):
+        with torch.autocast("cpu", torch.bfloat16):
+            followed = net(x)
+        assert not torch.equal(followed, net(x)) and followed.dtype == torch.float32
+        close(followed, net(x), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -472,35 +477,49 @@ class Own(nn.Linear):  # a net of one's own: what `function` makes of a linear l
         return self.function(super().forward(x.flatten(1)))
 
 
-UNTRAINED = r"the nets cannot be trained by this loss \(README, Your own nets\): "
 ATTENTION = nn.MultiheadAttention(32, 2, batch_first=True).eval()
-SCALE, IMAGES = r"scale is .*exp\(logvar", r"images are .*tanh"
-OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the message
+SCALE, RANGE = r"scale is .*exp\(logvar", r"images are from {} to {}, the data from -1 to 1, to which they are clamped"
+OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the message of a refusal, or None and a note
     (lambda m, h: [m, h.exp()], torch.tanh, "returns a list"), (lambda m, h: (m, h - 9), torch.tanh, SCALE),  # log σ²
     (lambda m, h: (m, torch.diag_embed(h - 9)), torch.tanh, SCALE),
     (lambda m, h: (m, torch.ones(len(m), 4, 4).triu()), torch.tanh, SCALE),  # Lᵀ
     (lambda m, h: (m, torch.ones(len(m), 4, 4).tril()), torch.tanh, None),
-    (lambda m, h: (m, h[:, :3].exp()), torch.tanh, SCALE),
-    (lambda m, h: (m, h[:, :1].exp()), torch.tanh, SCALE), (None, torch.sigmoid, IMAGES),
-    (None, lambda h: 3 * h, IMAGES), (None, lambda h: h.tanh().expand(-1, 3, -1, -1), IMAGES),
-    (None, lambda h: torch.utils.checkpoint.checkpoint(torch.tanh, h, use_reentrant=True), UNTRAINED),
-    (None, torch.tanh, None), (None, lambda h: nn.functional.scaled_dot_product_attention(h, h, h).tanh(), None),
+    (lambda m, h: (m, h[:, :3].exp()), torch.tanh, SCALE), (lambda m, h: (m, h[:, :1].exp()), torch.tanh, SCALE),
+    (lambda m, h: (m[0], h.exp()), torch.tanh, r"mean is \[4\]: \[4,n\]"),
+    (None, lambda h: h.tanh().expand(-1, 3, -1, -1), r"images are \[4, 3, 32, 32\]: \[4, 1, 32, 32\] is needed"),
+    (None, torch.sigmoid, None, "0", "1"), (None, lambda h: 3 * h.tanh(), None, "-3", "3"), (None, torch.tanh, None),
+    (None, lambda h: nn.functional.scaled_dot_product_attention(h, h, h).tanh(), None),
     (None, lambda h: ATTENTION(*[h[:, 0]] * 3)[0].unsqueeze(1).tanh(), None),
     (None, lambda h: 0 * h, None),  # as of a last layer that starts at zero
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("encode", "decode", "message"), OWN)
-def test_own_nets_are_tried_before_training(encode, decode, message):
+@pytest.mark.parametrize("case", OWN)
+def test_own_nets_are_tried_before_training(case, capsys):
+    encode, decode, message, *limits = case
     model = nn.ModuleDict({"encoder": Own(1024, 8), "decoder": Own(4, 1024)})
-    args = uae.arguments(["--latent-dim", "4", "--k", "2", "--fid", "none"])
+    args = uae.arguments(["--latent-dim", "4", "--k", "2", "--fid", "none", "--batch-size", "2"])
     encode = encode or (lambda m, h: (m, h.exp()))
     model["encoder"].function = lambda h: encode(h[:, :4], h[:, 4:])
     model["decoder"].function = lambda h: decode(h.unflatten(1, (1, 32, 32)))
-    check = harness.check_nets, model, uae.loss, torch.arange(9216).view(9, 1, 32, 32).byte(), args
-    refused(message, *check) if message else check[0](*check[1:])
-    if not message:  # a loss that validation, without gradients, cannot compute
-        refused(UNTRAINED, *check[:2], lambda *a: uae.loss(*a) if torch.is_grad_enabled() else 1 / 0, *check[3:])
+    images = common.Dataset(*[torch.arange(9216).view(9, 1, 32, 32).byte()] * 3)
+    check = lambda loss=uae.loss: harness.check_nets(model, loss, images, args)  # noqa: E731
+    if message:
+        refused(message, check)
+        return
+    check()
+    said = capsys.readouterr().err
+    assert re.search(RANGE.format(*limits), said) if limits else not said
+    by_image = lambda encoder, decoder, x, args: uae.loss(encoder, decoder, x, args) | {"rec": x[:, 0, 0, 0]}  # noqa: E731
+    refused(r"parts have the shapes \{'rec': \[4\]\}: return their means", check, by_image)
+    loss = uae.loss
+    for broken in (lambda *a: 1 / 0, lambda *a: loss(*a) if torch.is_grad_enabled() else 1 / 0):
+        with pytest.raises(ZeroDivisionError) as error:  # a traceback of one's own code; also of validation alone
+            check(broken)
+        assert error.traceback[-1].path == Path(__file__)
+        with mock.patch.object(uae, "loss", broken), pytest.raises(ZeroDivisionError):
+            harness.cli(train)
+        assert not Path("runs").exists()
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -559,14 +578,14 @@ GOLDEN = [1.873450, 1.603883, 0.028083, 0.000000, 2.565496, 0.429573, 0.103869, 
 
 def test_inceptions_features_are_those_of_pytorch_fid_and_of_torchvision():
     torch.save(inception_state(1008, aux_logits=False)[1], "tf.pth")
-    features = fid.InceptionFeatures("tf.pth")
+    features = fid.inception_features("tf.pth")
     outputs = features(NOISE)
     assert (features.metric, features.name, features.net.training) == ("FID", "inception-tf", False)
     assert outputs.shape == (2, 2048) and outputs.dtype == torch.float32
     close([*outputs[0, ::256], outputs[1, 1900]], GOLDEN, 2e-4)
     net, state = inception_state(1000, aux_logits=True, transform_input=False)
     torch.save(state, "imagenet.pth")
-    features, large = fid.InceptionFeatures("imagenet.pth"), nn.functional.interpolate(NOISE.float(), 299)
+    features, large = fid.inception_features("imagenet.pth"), nn.functional.interpolate(NOISE.float(), 299)
     assert (features.metric, features.name, len(features.hash)) == ("FID", "inception-imagenet", 16)
     net.load_state_dict(state)
     net.fc = nn.Identity()
@@ -618,7 +637,7 @@ class Evil:  # unpickled, it makes a folder
 
 @pytest.mark.parametrize(
     "read",
-    [fid.InceptionFeatures, lambda _: fid.InceptionFeatures("tf"), lambda _: fid.picture_features("lite0"),
+    [fid.inception_features, lambda _: fid.inception_features("tf"), lambda _: fid.picture_features("lite0"),
      harness.load_checkpoint, lambda _: fid.read_side(Path("mixture.npz"), 0, 1), lambda _: fid.sample_latents(".", 1)],
 )  # fmt: skip
 def test_no_file_runs_code(read, monkeypatch):
@@ -638,14 +657,14 @@ def test_weights_that_cannot_be_had_or_used_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: ".")
     tf = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
     for weights, url in (("imagenet", torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url), ("tf", tf)):
-        refused(f"put {url} into checkpoints/.*: Name or service not known", fid.InceptionFeatures, weights)
+        refused(f"put {url} into checkpoints/.*: Name or service not known", fid.inception_features, weights)
         cached = Path("checkpoints", Path(url).name)
         cached.write_bytes(b"half of it")
-        refused(f"{cached} is not that file or not whole, remove it", fid.InceptionFeatures, weights)
-    refused("choose imagenet, tf, lite0", fid.InceptionFeatures, "nosuch.pth")
+        refused(f"{cached} is not that file or not whole, remove it", fid.inception_features, weights)
+    refused("choose imagenet, tf, lite0", fid.inception_features, "nosuch.pth")
     for content in ({"fc.weight": torch.zeros(1000, 2048)}, {"weight": torch.zeros(3)}, [1]):
         torch.save(content, "weights.pth")
-        refused("weights.pth is no state dict of Inception v3", fid.InceptionFeatures, "weights.pth")
+        refused("weights.pth is no state dict of Inception v3", fid.inception_features, "weights.pth")
 
 
 ROOT = Path(common.__file__).parent
@@ -1352,7 +1371,7 @@ def measured_by_a_rank():
         time.sleep(0.3 * (rank == 0))
         found["first"] = Path("first").exists() or Path("first").touch()
     few = "--batch-size 20: give 2 to 12, the training images of each rank"
-    refused(few, harness.load_data, args, torch.device("cpu"))
+    refused(few, harness.check_nets, None, None, harness.load_data(args, torch.device("cpu")), args)
     with mock.patch.object(fid, "picture_features", small_features):
         found["features"] = len(fid.load_features(Namespace(fid=["a"], images=[20]), common.Dataset(*[images] * 3)))
 

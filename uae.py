@@ -46,9 +46,12 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--gamma", type=float, default=1e-6, help="weight of the decoder regularisation")
     args = harness.parse_args(parser, argv)
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
-    variant = {"w2": "", "w2-squared": "²", "w2-norms": "ⁿ"}[args.regularizer] + "-full" * (args.covariance == "full")
+    variant = {"w2": "", "w2-squared": "²", "w2-norms": "ⁿ"}[args.regularizer]
+    if args.covariance == "full":
+        variant += "-full"
     args.label = f"UAE{variant} {args.k}x {args.sigma_points}"
-    args.label += f" κ={args.kappa:g}" * (args.kappa != 0.5)
+    if args.kappa != 0.5:
+        args.label += f" κ={args.kappa:g}"
     return args
 
 
@@ -83,8 +86,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = harness.prepare(nets(args), args, device)
     encoder, decoder = model.values()
     data = harness.load_data(args, device)
+    harness.check_nets(model, loss, data, args)
     features = fid.load_features(args, data)
-    harness.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     scheduler = harness.learning_rate(optimizer, args)  # halved after 5 epochs without progress
     run = harness.Run(args, model, optimizer, scheduler, data)

@@ -52,10 +52,16 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     if args.gamma != parser.get_default("gamma") and not args.gp:
         raise UserError(f"--gamma {args.gamma} weighs nothing: add --gp")
     common.check_sigma_points(args.k, args.latent_dim, args.kappa)
-    star = {"kl": "", "w2": "*", "w2-squared": "*²", "w2-norms": "*ⁿ"}[args.regularizer]
-    variant = star + "-full" * (args.covariance == "full") + "-GP" * args.gp
-    args.label = f"UT-VAE{variant}{'†' * args.per_sample} {args.k}x {args.sigma_points}"
-    args.label += f" κ={args.kappa:g}" * (args.kappa != 0.5)
+    variant = {"kl": "", "w2": "*", "w2-squared": "*²", "w2-norms": "*ⁿ"}[args.regularizer]
+    if args.covariance == "full":
+        variant += "-full"
+    if args.gp:
+        variant += "-GP"
+    if args.per_sample:
+        variant += "†"
+    args.label = f"UT-VAE{variant} {args.k}x {args.sigma_points}"
+    if args.kappa != 0.5:
+        args.label += f" κ={args.kappa:g}"
     return args
 
 
@@ -95,8 +101,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = harness.prepare(nets(args), args, device)
     encoder, decoder = model.values()
     data = harness.load_data(args, device)
+    harness.check_nets(model, loss, data, args)
     features = fid.load_features(args, data)
-    harness.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     scheduler = harness.learning_rate(optimizer, args)  # halved after 5 epochs without progress
     run = harness.Run(args, model, optimizer, scheduler, data)

@@ -49,9 +49,14 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     args = harness.parse_args(parser, argv)
     if args.gamma != parser.get_default("gamma") and not args.gp:
         raise UserError(f"--gamma {args.gamma} weighs nothing: add --gp")
-    star = {"kl": "", "w2": "*", "w2-squared": "*²", "w2-norms": "*ⁿ"}[args.regularizer]
-    variant = star + "-full" * (args.covariance == "full") + "-GP" * args.gp
-    args.label = f"VAE{variant}{'†' * args.mean_image} {args.k}x"
+    variant = {"kl": "", "w2": "*", "w2-squared": "*²", "w2-norms": "*ⁿ"}[args.regularizer]
+    if args.covariance == "full":
+        variant += "-full"
+    if args.gp:
+        variant += "-GP"
+    if args.mean_image:
+        variant += "†"
+    args.label = f"VAE{variant} {args.k}x"
     return args
 
 
@@ -91,8 +96,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = harness.prepare(nets(args), args, device)
     encoder, decoder = model.values()
     data = harness.load_data(args, device)
+    harness.check_nets(model, loss, data, args)
     features = fid.load_features(args, data)
-    harness.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     scheduler = harness.learning_rate(optimizer, args)  # halved after 5 epochs without progress
     run = harness.Run(args, model, optimizer, scheduler, data)

@@ -27,7 +27,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--kernel", choices=("imq", "rbf"), default="imq", help="inverse multiquadric or Gaussian")
     args = harness.parse_args(parser, argv)
-    args.label = "WAE-MMD" + " rbf" * (args.kernel == "rbf")
+    args.label = "WAE-MMD" if args.kernel == "imq" else "WAE-MMD rbf"
     return args
 
 
@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = harness.prepare(nets(args), args, device)
     encoder, decoder = model.values()
     data = harness.load_data(args, device)
+    harness.check_nets(model, loss, data, args)
     features = fid.load_features(args, data)
-    harness.check_nets(model, loss, data.train, args)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     scheduler = harness.learning_rate(optimizer, args)  # halved after 5 epochs without progress
     run = harness.Run(args, model, optimizer, scheduler, data)
