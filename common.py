@@ -73,9 +73,8 @@ def sigma_points(mu: Tensor, scale: Tensor, kappa: float = 0.5) -> Tensor:
     n = mu.shape[-1]
     check_sigma_points(1, n, kappa)
     columns = torch.diag_embed(scale) if scale.dim() == 2 else scale.mT  # [B,n,n], row i is column i of L
-    offsets = math.sqrt(kappa + n) * columns
-    mu = mu.unsqueeze(1)
-    return torch.cat([mu, mu + offsets, mu - offsets], dim=1)  # [B,2n+1,n]
+    radius, mu = math.sqrt(kappa + n), mu.unsqueeze(1)
+    return torch.cat([mu, mu + radius * columns, mu - radius * columns], dim=1)  # [B,2n+1,n]
 
 
 def sample_sigma_points(
@@ -100,7 +99,8 @@ def sample_sigma_points(
         place = F.pad(torch.cat([plus, plus + n], dim=1), (k % 2, 0))
     else:
         raise UserError(f"heuristic {heuristic!r}: choose from {', '.join(HEURISTICS)}")
-    return sigma_points(mu, scale, kappa).gather(1, place.unsqueeze(2).expand(-1, -1, n))  # [B,K,n]
+    around_zero = sigma_points(torch.zeros_like(mu), scale, kappa)
+    return mu.unsqueeze(1) + around_zero.gather(1, place.unsqueeze(2).expand(-1, -1, n))  # [B,K,n]
 
 
 def sample_gaussian(mu: Tensor, scale: Tensor, k: int, generator: Generator | None = None) -> Tensor:

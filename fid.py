@@ -340,6 +340,13 @@ def map_batches(function, inputs: Tensor, description: str, batch_size: int = 51
     return torch.cat(outputs)
 
 
+def images_at_once(encoder: nn.Module, images: Tensor, most: int = 512) -> int:
+    """How many images an encoder gets at once: fewer where the scale is L [B,n,n], which would take gigabytes."""
+    with torch.inference_mode():
+        _, scale = harness.posterior(encoder, common.to_float(images[:2]))
+    return min(64, most) if scale is not None and scale.dim() == 3 else most
+
+
 def fit_mixture(means: Tensor, file: Path, seed: int) -> None:
     """Fit a 10-component full-covariance Gaussian mixture to means [N,n] (Sec. 5.1) and save it: `weights` [10],
     `means` [10,n], `covariances` [10,n,n]."""
@@ -385,8 +392,10 @@ def generate(run: harness.Run, data: common.Dataset) -> tuple[dict[str, Tensor],
         return common.to_uint8(decoder(z.to(run.device)))
 
     count, mixture_seed = len(data.test), harness.stream_seed(run.args.seed, "mixture")
-    fit_mixture(map_batches(encode, data.train, "means of training images"), run.dir / "mixture.npz", mixture_seed)
-    val = map_batches(encode, data.val, "means of validation images")
+    size = images_at_once(encoder, data.val)
+    train = map_batches(encode, data.train, "means of training images", size)
+    val = map_batches(encode, data.val, "means of validation images", size)
+    fit_mixture(train, run.dir / "mixture.npz", mixture_seed)
     generator = torch.Generator().manual_seed(harness.stream_seed(run.args.seed, "pairs"))
     pairs = torch.randint(len(val), (2, count), generator=generator)
     codes = {
@@ -446,10 +455,14 @@ def describe(run: harness.Run, data: common.Dataset, reconstructions: Tensor, be
         "best_validation_loss": best["loss"] if best["epoch"] else None,
         "validation_mse": error.square().mean().item(),
     }
+    encoder, images, found = run.model["encoder"], data.val[:1000], []
     with torch.inference_mode():
-        _, scale = harness.posterior(run.model["encoder"], common.to_float(data.val[:1000]))
-    if scale is not None:
-        variance = common.variances(scale).mean(0)  # of each dimension over 1000 posteriors [n]
+        for part in images.split(images_at_once(encoder, images, most=1000)):
+            _, scale = harness.posterior(encoder, common.to_float(part))
+            if scale is not None:
+                found.append(common.variances(scale))
+    if found:
+        variance = torch.cat(found).mean(0)  # of each dimension over 1000 posteriors [n]
         results["mean_variance"] = variance.mean().item()
         results["collapsed_dimensions"] = int((variance > COLLAPSED).sum())
     return results

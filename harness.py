@@ -13,13 +13,14 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import sys
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -70,6 +71,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         args = super().parse_args(argv)
         for name, x in vars(args).items():
+            if isinstance(x, str | Path) and re.search("[\ud800-\udfff]", str(x)):  # bytes that are no UTF-8
+                self.error(f"--{name.replace('_', '-')} {str(x)!a}: the name is not UTF-8, rename it")
             least = "of at least" if name in MAY_BE_ZERO else "above"
             fits = type(x) not in (int, float) or 0 < x < math.inf or (x == 0 and name in MAY_BE_ZERO)
             if not fits and name != "kappa" and x != self.get_default(name):
@@ -173,21 +176,51 @@ def locked(path: Path):
 
 def cli(main) -> None:
     """Run a script's main: a user's mistake, or a path that cannot be reached, is one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Greek letters
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or "cpu" in sys.argv or "--device=cpu" in sys.argv:
         keep_memory()
     try:
-        main()
+        with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+            main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise
         if isinstance(error, torch.OutOfMemoryError):
             error = "out of memory, lower --batch-size or --k"
-        print(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: error: {error}", file=sys.stderr)
+        rank = f" (rank {RANK})" if RANK > 0 else ""
+        print(f"{Path(sys.argv[0]).name}{rank}: error: {error}", file=Output(sys.stderr))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Output:
+    """Standard output or error: letters that a terminal lacks are replaced, and where nobody reads any more (`| head`,
+    a closed stream) the program goes on, silent."""
+
+    def __init__(self, stream) -> None:
+        if stream is None or getattr(stream, "closed", False):
+            stream = open(os.devnull, "w")  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="replace")
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with self._silent():
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with self._silent():
+            self.stream.flush()
+
+    @contextmanager
+    def _silent(self):
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def keep_memory() -> None:
@@ -215,6 +248,8 @@ def resolve_device(name: str) -> torch.device:
     """The device by name; `auto` is CUDA if it is there, else the CPU; under torchrun each rank has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and WORLD_SIZE > 1:
+        raise UserError(f"--device {name}: all ranks would be on one GPU, give cuda")
     if name == "cuda" and LAUNCHED:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with explained(f"--device {name} cannot be used (choose auto, cuda, cuda:1 or cpu)"):
@@ -252,7 +287,7 @@ def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device:
         raise UserError("nets(args) has a lazy layer that knows no sizes yet: run it once there")
     model.to(device)
     for tensor in (tensor for tensor in model.parameters() if tensor.dim() == 4):
-        tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        tensor.data = tensor.data.to(memory_format=torch.channels_last)
     if LAUNCHED:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -432,10 +467,7 @@ class Run:
         if LAUNCHED:
             dist.broadcast_object_list(state)
         if state[0]:
-            with explained(f"{self.dir / 'last.pt'} does not fit these nets, give another --out"):
-                for name in ("model", "optimizer", "scheduler"):
-                    getattr(self, name).load_state_dict(state[0][name])
-            self.epoch, self.best, self.history = (state[0][name] for name in ("epoch", "loss", "history"))
+            self._load(state[0])
         elif RANK == 0:
             self._save(improved=True)  # from here on there is always a checkpoint to resume from
         if RANK == 0:
@@ -443,6 +475,8 @@ class Run:
             print("{}: {} training, {} validation and {} test images".format(args.data, *args.images))
             ranks = f" ({args.ranks} ranks)" if args.ranks > 1 else ""
             begin = f"goes on after epoch {self.epoch}" if state[0] else "a new run"
+            if state[0] and "history" not in state[0]:
+                begin = "last.pt is gone, best.pt is evaluated"
             print(f"{args.script}.py on {self.device}{ranks}, {args.precision}, in {self.dir}/: {begin}", flush=True)
 
     def _open(self) -> dict | None:
@@ -453,21 +487,38 @@ class Run:
         Run.lock = locked(self.dir / ".lock")
         for leftover in self.dir.glob(".tmp-*"):  # of a killed run
             leftover.unlink()
-        last = self.dir / "last.pt"
+        file = last = self.dir / "last.pt"
         if not last.exists():
-            return None
+            file = self.dir / "best.pt"
+            begun = (self.dir / "results.json").exists() or (file.exists() and load_checkpoint(file)["epoch"] > 0)
+            if not begun:  # what a kill leaves before the first last.pt
+                return None
         if not self.args.resume:
-            raise UserError(f"{self.dir} is there: --resume goes on with it; --seed or --out give another")
-        state = load_checkpoint(last)
-        with explained(f"cannot go on with {last}"):
+            does = "goes on with it" if file == last else "evaluates its best.pt, last.pt is gone"
+            raise UserError(f"{self.dir} is there: --resume {does}; --seed or --out give another")
+        state = load_checkpoint(file)
+        with explained(f"cannot go on with {file}"):
             now, then = vars(self.args), state["args"]
             may_differ = UNNAMED - {"seed"} | {"command"}
-            may_differ |= {"precision", "ranks"} if state["epoch"] >= now["epochs"] else set()
+            if file != last or state["epoch"] >= now["epochs"]:  # nothing is trained any more
+                may_differ |= {"precision", "ranks"}
             names = [n for n in sorted((now.keys() | then.keys()) - may_differ) if now.get(n) != then.get(n)]
             if names:
                 differ = "; ".join(f"{name} is {now.get(name)}, was {then.get(name)}" for name in names)
                 raise UserError(f"other arguments ({differ}), give another --out")
         return state
+
+    def _load(self, state: dict) -> None:
+        """Take over a checkpoint; best.pt alone has neither optimizer nor history and is not trained on."""
+        with explained(f"the checkpoint in {self.dir}/ does not fit these nets, give another --out"):
+            self.model.load_state_dict(state["model"])
+            if "history" in state:
+                for group, ours in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+                    group["fused"] = ours.get("fused")  # of this device, not of the one before
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch = state["epoch"] if "history" in state else self.args.epochs
+        self.best, self.history = state["loss"], state.get("history", [])
 
     def batches(self) -> Iterator[Tensor]:
         """An epoch of this rank's training batches, with its own noise, under a progress bar of all ranks' images."""

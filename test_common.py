@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -947,6 +948,7 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing(capsys, monkeypatch):
         ("--dataset fashion_mnist", f"put FashionMNIST/raw/ .*four -ubyte.gz into {none}"),
         ("--device abacus", "abacus cannot be"), ("--device meta", "not supported"), ("--device cuda:99", "cuda:99"),
         ("--precision tf32 --device cpu", "tf32 does not exist on cpu: use fp32"), ("--schedule cosine", "cosine"),
+        ("--dataset caf\udce9", r"--dataset 'caf\\udce9': the name is not UTF-8, rename it"),
         ("--limit-train 1", "1 training, 10 .* 10 test images: give 2, 1 and 1 or more;"), ("extra", "extra"),
     ]:  # fmt: skip
         with mock.patch.object(sys, "argv", ["uae.py"]), pytest.raises(SystemExit) as stop:
@@ -1176,7 +1178,9 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     torch.save(last, finished / "last.pt")
     nets = uae.nets
     with mock.patch.object(uae, "nets", lambda args: nets(Namespace(**{**vars(args), "latent_dim": 5}))):
-        refused(r"last\.pt does not fit these nets, give another --out: .*size mismatch", train, "--resume")
+        refused(
+            r"checkpoint in runs/.*/ does not fit these nets, give another --out: .*size mismatch", train, "--resume"
+        )
     other = ["--k", "4", "--lr", "0.1", "--seed", "3"]
     finished.rename(Path("runs", uae.arguments([*SMALL, *other]).name))
     refused(r"k is 4, was 8; .*lr is 0\.1, was 0\.005; .*seed is 3, was 0\)", train, *other, "--resume")
@@ -1188,6 +1192,52 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     assert train("--resume", "--dataset", "moved/own")["validation_mse"] == results["validation_mse"]
     shades("moved/own", 30, 10)
     refused(r"images is \[24, 3, 3\], was .*; images_crc32 is \[", train, "--resume", "--dataset", "moved/own")
+
+
+def test_a_run_without_its_last_checkpoint_is_measured_and_never_trained_over(finished):
+    (finished / "last.pt").unlink()
+    before, results = (finished / "best.pt").read_bytes(), json.loads((finished / "results.json").read_text())
+    for left in ("best.pt and results.json", "best.pt"):
+        refused("seed0 is there: --resume evaluates its best.pt, last.pt is gone; --seed or --out give another", train)
+        assert train("--resume")["validation_mse"] == pytest.approx(results["validation_mse"]), left
+        assert (finished / "best.pt").read_bytes() == before and not (finished / "last.pt").exists()
+        (finished / "results.json").unlink()
+    torch.save(loaded("runs", "best.pt") | {"args": results["args"] | {"beta": 9.0}}, finished / "best.pt")
+    refused(r"cannot go on with .*best\.pt: other arguments \(beta is 0.00025, was 9.0\)", train, "--resume")
+    (finished / "best.pt").unlink(), (finished / "results.json").write_text("{}")
+    refused("seed0 is there", train)
+    refused(r"cannot read .*best\.pt as a checkpoint", train, "--resume")
+
+
+def test_a_run_that_goes_on_elsewhere_has_the_optimizer_of_that_device(finished, monkeypatch):
+    last, adam, made = loaded("runs"), torch.optim.Adam, []
+    assert last["optimizer"]["param_groups"][0]["fused"] is False
+    torch.save(last | {"epoch": 2, "history": last["history"][:2]}, finished / "last.pt")
+    monkeypatch.setattr(torch.optim, "Adam", lambda *a, fused, **o: made.append(adam(*a, fused=True, **o)) or made[0])
+    train("--resume")
+    assert made[0].param_groups[0]["fused"] is True and loaded("runs")["epoch"] == 3
+
+
+@pytest.mark.parametrize(("scale", "sizes"), [("full", [2, 64, 64, 2]), ("diagonal", [2, 130]), (None, [2, 130])])
+def test_the_evaluation_encodes_fewer_images_at_once_where_covariances_are_full(scale, sizes, tmp_path):
+    seen, eye = [], torch.eye(3) * torch.tensor([1.0, 0.5, 2.0])
+
+    def encoder(x):
+        z = x.flatten(1)[:, :3] + (1 + len(seen)) * torch.rand(len(x), 3)
+        seen.append(len(x))
+        return {"full": (z, eye.expand(len(x), 3, 3)), "diagonal": (z, eye.diagonal().expand(len(x), 3)), None: z}[
+            scale
+        ]
+
+    data = common.Dataset(*(torch.randint(256, (count, 1, 2, 2), dtype=torch.uint8) for count in (130, 130, 5)))
+    model = {"encoder": encoder, "decoder": lambda z: z[:, :1, None, None].expand(-1, 1, 2, 2)}
+    run = Namespace(model=model, dir=tmp_path, device="cpu", args=uae.arguments(["--precision", "fp32"]))
+    images, _ = fid.generate(run, data)
+    assert seen == sizes + sizes[1:]
+    results = fid.describe(run, data, images["reconstruction"], {"epoch": 1, "loss": 0.5})
+    assert seen[-len(sizes) :] == sizes or scale is None
+    assert results.get("mean_variance") == (pytest.approx(5.25 / 3) if scale else None)
+    assert results.get("collapsed_dimensions") == (2 if scale else None)
 
 
 def test_a_copys_loss_may_get_and_lose_parts_before_a_resume(finished, monkeypatch):
@@ -1247,7 +1297,36 @@ def test_what_ends_a_command_and_what_is_noted_once(error, code, capsys):
     assert capsys.readouterr().err == f"note: on {error!r}\n"
 
 
-def test_nets_are_compiled_with_the_same_gradients_and_have_the_precision_asked_for(monkeypatch):
+def test_a_commands_output_may_be_a_notebooks_closed_or_a_pipe_that_nobody_reads(monkeypatch, capfd):
+    class Notebook:
+        write, flush = mock.Mock(), mock.Mock()
+
+    closed, (reader, writer) = io.StringIO(), os.pipe()
+    closed.close(), os.close(reader)
+    for stream in (Notebook(), None, closed, os.fdopen(writer, "w")):
+        said = []
+        with mock.patch.object(sys, "stdout", stream), mock.patch.object(sys, "stderr", stream):
+            harness.cli(lambda said=said: [print("Σ", flush=True), common.note("Σ"), said.append(1), print("Σ")])
+        assert said == [1]
+    stream.close()  # as Python does at its end
+    assert Notebook.write.call_args_list[0] == mock.call("Σ") and not capfd.readouterr().err
+
+
+def test_devices_and_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for flags, kept in (("", False), ("--device cpu", True), ("--device=cpu", True), ("--device cuda", False)):
+        monkeypatch.setattr(sys, "argv", ["uae.py", *flags.split()])
+        with mock.patch.object(harness, "keep_memory") as keep:
+            harness.cli(lambda: None)
+        assert keep.called == kept, flags
+    monkeypatch.setattr(harness, "load_dataset", lambda *_, data=common.load_dataset("digits"): data)
+    monkeypatch.setattr(torch.Tensor, "to", mock.Mock(side_effect=torch.OutOfMemoryError("x")))
+    refused("no room for the 0.00171 GiB of images on cpu: lower", harness.load_data, uae.arguments([]), "cpu")
+    monkeypatch.setattr(harness, "WORLD_SIZE", 2)
+    refused("--device cuda:1: all ranks would be on one GPU, give cuda", harness.resolve_device, "cuda:1")
+
+
+def test_nets_are_compiled_with_the_same_gradients_and_have_the_precision_asked_for(monkeypatch, capsys):
     """By torch's compiler without its last part, which takes a minute to make C++ of the nets."""
     compiled, nets, found = nn.Module.compile, [], []
     monkeypatch.setattr(nn.Module, "compile", lambda net: nets.append(net) or compiled(net, backend="eager"))
@@ -1260,8 +1339,10 @@ def test_nets_are_compiled_with_the_same_gradients_and_have_the_precision_asked_
         uae.loss(*model.values(), common.load_dataset("digits").train[:32] / 127.5 - 1, args)["loss"].backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert nets == [*model.values()] and (found[1] - found[2]).norm() < 1e-3 * found[1].norm()
-    harness.prepare((nn.Linear(1, 1), nn.Linear(1, 1)), args := uae.arguments(["--precision", "bf16"]), device)
-    assert args.precision == "fp32"  # of own nets without the flag
+    own = nn.Linear(1, 1), nn.Conv3d(2, 3, 2)  # five-dimensional weights
+    harness.prepare(own, args := uae.arguments(["--precision", "bf16"]), device)
+    assert args.precision == "fp32" and "no flag bf16: they run in fp32" in capsys.readouterr().err
+    assert model["decoder"].first.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_importing_does_nothing_and_a_script_runs_from_elsewhere_in_a_strange_environment():
