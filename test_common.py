@@ -1319,7 +1319,8 @@ def test_devices_and_memory(monkeypatch):
         with mock.patch.object(harness, "keep_memory") as keep:
             harness.cli(lambda: None)
         assert keep.called == kept, flags
-    monkeypatch.setattr(harness, "load_dataset", lambda *_, data=common.load_dataset("digits"): data)
+    digits = common.load_dataset("digits")
+    monkeypatch.setattr(harness, "load_dataset", lambda *_: digits)
     monkeypatch.setattr(torch.Tensor, "to", mock.Mock(side_effect=torch.OutOfMemoryError("x")))
     refused("no room for the 0.00171 GiB of images on cpu: lower", harness.load_data, uae.arguments([]), "cpu")
     monkeypatch.setattr(harness, "WORLD_SIZE", 2)
@@ -1363,6 +1364,22 @@ for flags in (["--help"], {[*SMALL, "--kappa", "1"]}):
     assert b"L = ?x - 1/K ?_k D(z_k)?\xb2" in text and b"UAE 8x random ?=1 on digits" in text
     assert re.fullmatch(r"note: curves\.png was not drawn: .*nonsense.*", errors.strip(), re.DOTALL)
     assert json.loads((the_one("runs") / "results.json").read_text())["best_epoch"] == 3
+
+
+def test_the_readmes_lines_give_a_copy_its_own_data():
+    lines = re.findall(r"```python\n(args.name.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0].splitlines()
+    copy_of, parsed, loaded_data = (
+        Path(uae.__file__).read_text(),
+        "args = harness.parse_args(parser, argv)",
+        "data = harness.load_data(args, device)",
+    )
+    assert lines[1] == "..." and copy_of.count(parsed) == copy_of.count(loaded_data) == 1
+    copy_of = copy_of.replace(parsed, f"{parsed}\n    {lines[0]}").replace(loaded_data, "\n    ".join(lines[2:]))
+    images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8).split([40, 8, 12])
+    exec(copy_of, names := {"__file__": "uae.py", "__name__": "copied", "my_images": lambda: images})
+    results = train(script=Namespace(main=names["main"]))
+    assert results["images"] == {"train": 40, "validation": 8, "test": 12} and results["data"] == "mine"
+    assert the_one("runs").name == "mine-seed0" and len(record("runs")[0]["epoch"]) == 3
 
 
 def test_the_readmes_lines_encode_decode_and_sample(finished):
