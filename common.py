@@ -165,13 +165,13 @@ def gradient_penalty(
     belong to mu_i), and the expectation of the sum is ‖J‖²_F. In training the loss beside it normalises B·K points, the
     penalty B means, in validation both by the running statistics: `train_gp` and `val_gp` are two measures.
     """
+    mu = mu.to(torch.promote_types(mu.dtype, torch.float32))  # of a head under a caller's autocast
     if type(decoder) is Decoder and repr(decoder) == decoder.built:  # repr lists all layers and their settings
         u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
         return decoder.jvp(mu, u, fold).square().sum((1, 2, 3))  # J u [B,C,H,W]
     fp32, eager = torch.autocast(mu.device.type, enabled=False), torch.compiler.set_stance("force_eager")
     attention = sdpa_kernel(SDPBackend.MATH)  # as compiled code, fused attention cannot be differentiated twice
     with batch_statistics(decoder), fp32, eager, attention, torch.enable_grad():
-        mu = mu.to(torch.promote_types(mu.dtype, torch.float32))
         mu = mu if mu.requires_grad else mu.detach().requires_grad_()
         images = decoder(mu)
         v = torch.randint(2, images.shape, device=mu.device, dtype=images.dtype, generator=generator) * 2 - 1

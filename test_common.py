@@ -1368,15 +1368,12 @@ for flags in (["--help"], {[*SMALL, "--kappa", "1"]}):
 
 def test_the_readmes_lines_give_a_copy_its_own_data():
     lines = re.findall(r"```python\n(args.name.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0].splitlines()
-    copy_of, parsed, loaded_data = (
-        Path(uae.__file__).read_text(),
-        "args = harness.parse_args(parser, argv)",
-        "data = harness.load_data(args, device)",
-    )
-    assert lines[1] == "..." and copy_of.count(parsed) == copy_of.count(loaded_data) == 1
-    copy_of = copy_of.replace(parsed, f"{parsed}\n    {lines[0]}").replace(loaded_data, "\n    ".join(lines[2:]))
+    code, parse = Path(uae.__file__).read_text(), "harness.parse_args(parser, argv)"
+    load = "data = harness.load_data(args, device)"
+    assert lines[1] == "..." and code.count(parse) == code.count(load) == 1
+    code = code.replace(parse, f"{parse}\n    {lines[0]}").replace(load, "\n    ".join(lines[2:]))
     images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8).split([40, 8, 12])
-    exec(copy_of, names := {"__file__": "uae.py", "__name__": "copied", "my_images": lambda: images})
+    exec(code, names := {"__file__": "uae.py", "__name__": "copied", "my_images": lambda: images})
     results = train(script=Namespace(main=names["main"]))
     assert results["images"] == {"train": 40, "validation": 8, "test": 12} and results["data"] == "mine"
     assert the_one("runs").name == "mine-seed0" and len(record("runs")[0]["epoch"]) == 3
