@@ -155,9 +155,9 @@ def gradient_penalty(
 ) -> Tensor:
     """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian J at mu (Eq. 12, 16).
 
-    mu [B,n] -> [B]. Of `Decoder` E‖J u‖² = ‖J‖²_F, u ~ N(0, I) over latents, by forward-mode differentiation (`fold`);
-    of any other module from z to images [B,C,H,W] E‖Jᵀ v‖² = ‖J‖²_F, v = ±1 over pixels, by double backward, its flag
-    `bf16` put off (Hutchinson).
+    mu [B,n] -> [B] (Hutchinson). Of `Decoder` E‖J u‖² = ‖J‖²_F, u ~ N(0, I) over latents, by forward-mode
+    differentiation (`fold`); of any other module from z to images [B,C,H,W] E‖Jᵀ v‖² = ‖J‖²_F, v = ±1 over pixels, by
+    double backward, without a caller's autocast.
 
     In training mode batch norm takes the statistics of this batch of means, which depend on mu and are differentiated
     through, in evaluation mode its running ones; it changes neither. By the batch's statistics an image depends on all
@@ -341,23 +341,18 @@ def batch_norm_jvp(layer: nn.BatchNorm2d, h: Tensor, t: Tensor) -> tuple[Tensor,
 
 @contextmanager
 def batch_statistics(module: nn.Module):
-    """Evaluation mode in float32 for a while, but batch norms that are in training mode take the batch's statistics;
-    no buffer is changed. Differentiated twice (torch's forward mode has them constant in its gradient)."""
+    """Evaluation mode for a while, but batch norms that are in training mode take the batch's statistics; no buffer is
+    changed. (torch's forward mode would have the statistics constant in its gradient.)"""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
-    flagged = [net for net in module.modules() if getattr(net, "bf16", False)]
     with eval_mode(module):
         for norm in norms:
             norm.running_mean = norm.running_var = None  # without them evaluation mode takes the batch's
-        for net in flagged:
-            net.bf16 = False
         try:
             yield
         finally:
             for norm, (mean, variance) in zip(norms, running, strict=True):
                 norm.running_mean, norm.running_var = mean, variance
-            for net in flagged:
-                net.bf16 = True
 
 
 @contextmanager
