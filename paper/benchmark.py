@@ -4,8 +4,8 @@
     python -m paper.benchmark uae.py --dataset cifar10 --k 8 --steps 5 --stock 3      # against the plain path
 
 Random images, nothing is trained that is kept, nothing is written. The plain path goes without this code's speed-ups:
-decoder not folded, penalty by double backward, default memory format. The two are measured in alternation, since
-machines are noisy.
+decoder not folded, penalty by double backward, default memory format; beside it each of them is left out alone. All are
+measured in alternation, since machines are noisy.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -30,6 +30,9 @@ SCRIPTS = ("vae", "ut_vae", "uae", "rae", "iwae", "wae_mmd")
 WARM_UP = 3  # steps: memory, autotuning, compilation
 
 
+SPEED_UPS = ("folding", "forward mode", "channels last")  # of decoder, penalty, nets
+
+
 class StockDecoder(common.Decoder):
     """The decoder of Table 4 that runs its layers one after the other on every point."""
 
@@ -37,20 +40,35 @@ class StockDecoder(common.Decoder):
         return None
 
 
-def stock(script: ModuleType) -> ModuleType:
-    """A copy of a script with the plain parts in it."""
+def forward_mode(decoder: nn.Module, mu: Tensor, fold: None = None) -> Tensor:
+    """The penalty as of `common.Decoder`, of one that is not folded."""
+    return decoder.jvp(mu, torch.randn_like(mu)).square().sum((1, 2, 3))
+
+
+def double_backward(decoder: nn.Module, mu: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The penalty as of any decoder."""
+    return common.gradient_penalty(nn.Sequential(decoder), mu)
+
+
+def without(script: ModuleType, speed_ups: tuple[str, ...]) -> ModuleType:
+    """A copy of a script without some of this code's speed-ups."""
     spec = importlib.util.spec_from_file_location(script.__name__, script.__file__)
     plain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plain)
-    plain.Decoder = StockDecoder  # whose penalty is by double backward
+    plain.memory_format = torch.channels_last
+    if "folding" in speed_ups:
+        plain.Decoder, plain.gradient_penalty = StockDecoder, forward_mode
+    if "forward mode" in speed_ups:
+        plain.gradient_penalty = double_backward
+    if "channels last" in speed_ups:
+        plain.memory_format = torch.contiguous_format
     return plain
 
 
 def training_step(script: ModuleType, args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], None]:
     """One step of the script's training loop, as a function of a batch."""
     model = harness.prepare(script.nets(args), args, device).train()
-    if isinstance(model["decoder"], StockDecoder):
-        model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=script.memory_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
 
     def step(x: Tensor) -> None:
@@ -123,7 +141,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = harness.Parser("paper.benchmark", __doc__)
     parser.add_argument("script", help="uae.py, or another of the six; its own flags may follow")
     parser.add_argument("--steps", type=int, default=5, help="how many are timed")
-    parser.add_argument("--stock", type=int, metavar="N", help="measure the plain path too, N times in alternation")
+    parser.add_argument(
+        "--stock",
+        type=int,
+        metavar="N",
+        help="measure also without each speed-up and without all, N times in alternation",
+    )
     own, rest = parser.parse_known_args(argv)
     name = Path(own.script).stem
     if name not in SCRIPTS:
@@ -138,13 +161,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parser.error(f"--batch-size {args.batch_size}: give 2 or more, for batch norm")
     args.steps = own.steps
     device, shape = harness.start(args), [args.channels, args.image_size, args.image_size]
-    scripts = [script, stock(script)] if own.stock else [script]
+    paths = {"this code": ()}
+    if own.stock:
+        paths |= {f"without {each}": (each,) for each in SPEED_UPS} | {"the plain path": SPEED_UPS}
+    scripts = [without(script, speed_ups) for speed_ups in paths.values()]
     rounds = [[measure(each, args, device) for each in scripts] for _ in range(own.stock or 1)]
     print(
         f"{name}.py on {device}, {args.precision}, {torch.get_num_threads()} CPU threads, width {args.width:g}: "
         f"{args.batch_size} images {shape}, {rounds[0][0]['points']} decoded points a step, {args.steps} steps"
     )
-    for path, results in zip(("this code", "plain path"), zip(*rounds, strict=True), strict=False):
+    for path, results in zip(paths, zip(*rounds, strict=True), strict=True):
         r = sorted(results, key=lambda result: result["ms"])[len(results) // 2]
         rate = spread([result["images_per_s"] for result in results], 2)
         share = 100 * r["tflop_per_s"] / r["peak_tflop_per_s"]
@@ -155,9 +181,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"{share:.0f}% of the matrix product's {r['peak_tflop_per_s']:.3f}; "
             f"peak memory{' of the process so far' * (device.type == 'cpu')} {results[0]['memory_gib']:.2f} GiB"
         )
-    if own.stock:
-        ratio = spread([plain["ms"] / ours["ms"] for ours, plain in rounds], 2)
-        print(f"the plain path takes {ratio} times as long ({own.stock} times in alternation)")
+    for path, results in list(zip(paths, zip(*rounds, strict=True), strict=True))[1:]:
+        ratio = spread([other["ms"] / ours["ms"] for (ours, *_), other in zip(rounds, results, strict=True)], 2)
+        print(f"{path}: {ratio} times as long ({own.stock} times in alternation)")
     return rounds[0][0]
 
 

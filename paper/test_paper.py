@@ -58,15 +58,18 @@ def test_the_benchmark_prints_what_it_measured_and_writes_nothing(capsys, monkey
     for words in ("uae.py on cpu", "points/s", "ms a step", "TFLOP/s", "peak memory of the process so far"):
         assert words in output
     assert min(measured.values()) > 0 and "plain path" not in output
-    seconds = iter([1, 2, 1, 4, 2, 4])  # this code, the plain path, and again
+    seconds = iter([1, 5, 6, 7, 2, 1, 5, 6, 7, 4, 2, 5, 6, 7, 4])  # this code, without each, the plain path, and again
     measure, found = benchmark.measure, []
     monkeypatch.setattr(benchmark, "measure", lambda *a: found.append(measure(*a) | {"ms": next(seconds)}) or found[-1])
     benchmark.main([*command, "--stock", "3"])
     output = capsys.readouterr().out
-    assert found[0]["tflop"] < found[1]["tflop"] and re.findall(" ([124].0) ms a", output) == ["1.0", "4.0"]  # medians
-    rates = [result["images_per_s"] for result in found[::2]]
+    folded, unfolded, twice, contiguous, plain = (result["tflop"] for result in found[:5])
+    assert folded < min(unfolded, twice) and max(unfolded, twice) < plain and folded == contiguous
+    assert re.findall(r" (\d.0) ms a", output) == ["1.0", "5.0", "6.0", "7.0", "4.0"]  # medians
+    rates = [result["images_per_s"] for result in found[::5]]
     assert f"this code: {np.mean(rates):.2f} ± {np.std(rates, ddof=1):.2f} images/s" in output
-    assert "the plain path takes 2.67 ± 1.15 times as long (3 times in alternation)" in output
+    assert "the plain path: 2.67 ± 1.15 times as long (3 times in alternation)" in output
+    assert "without folding: 4.17 ± 1.44 times" in output and "without channels last: 5.83 ± 2.02" in output
     assert uae.Decoder is common.Decoder and uae.gradient_penalty is common.gradient_penalty
     assert not list(Path().iterdir())
     for arguments, message in (
