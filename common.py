@@ -73,7 +73,8 @@ def sigma_points(mu: Tensor, scale: Tensor, kappa: float = 0.5) -> Tensor:
     n = mu.shape[-1]
     check_sigma_points(1, n, kappa)
     columns = torch.diag_embed(scale) if scale.dim() == 2 else scale.mT  # [B,n,n], row i is column i of L
-    radius, mu = math.sqrt(kappa + n), mu.unsqueeze(1)
+    radius = math.sqrt(kappa + n)
+    mu = mu.unsqueeze(1)
     return torch.cat([mu, mu + radius * columns, mu - radius * columns], dim=1)  # [B,2n+1,n]
 
 
@@ -169,7 +170,8 @@ def gradient_penalty(
     if type(decoder) is Decoder and repr(decoder) == decoder.built:  # repr lists all layers and their settings
         u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
         return decoder.jvp(mu, u, fold).square().sum((1, 2, 3))  # J u [B,C,H,W]
-    fp32, eager = torch.autocast(mu.device.type, enabled=False), torch.compiler.set_stance("force_eager")
+    fp32 = torch.autocast(mu.device.type, enabled=False)
+    eager = torch.compiler.set_stance("force_eager")
     attention = sdpa_kernel(SDPBackend.MATH)  # as compiled code, fused attention cannot be differentiated twice
     with batch_statistics(decoder), fp32, eager, attention, torch.enable_grad():
         mu = mu if mu.requires_grad else mu.detach().requires_grad_()
@@ -330,7 +332,8 @@ def batch_norm_jvp(layer: nn.BatchNorm2d, h: Tensor, t: Tensor) -> tuple[Tensor,
     statistics (in float32 at least), whose tangents are in t, in evaluation mode by the running ones."""
     if not layer.training:
         return layer(h), t * (layer.weight * (layer.running_var + layer.eps).rsqrt()).to(t.dtype)[:, None, None]
-    dtype, over = h.dtype, {"dim": (0, 2, 3), "keepdim": True}
+    dtype = h.dtype
+    over = {"dim": (0, 2, 3), "keepdim": True}
     h, t = (x.to(torch.promote_types(dtype, torch.float32)) for x in (h, t))
     s = (h.var(correction=0, **over) + layer.eps).sqrt()
     h = F.batch_norm(h, None, None, training=True, eps=layer.eps)  # normalised
@@ -448,7 +451,8 @@ def _torchvision(kind: type, data_dir: Path, files: str) -> list:
 
 
 def _celeba(data_dir: Path, size: int = 64) -> tuple[list[Tensor], None]:
-    folder, partition = data_dir / "celeba" / "img_align_celeba", data_dir / "celeba" / "list_eval_partition.txt"
+    folder = data_dir / "celeba" / "img_align_celeba"
+    partition = folder.with_name("list_eval_partition.txt")
     if not folder.is_dir() or not partition.is_file():
         raise UserError(f"CelebA: put the folder img_align_celeba/ and list_eval_partition.txt into {folder.parent}/")
     splits = [[], [], []]

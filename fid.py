@@ -415,7 +415,8 @@ def evaluate(run: harness.Run, data: common.Dataset, features: list[Features]) -
         dist.destroy_process_group()  # the other ranks are done
     if common.RANK > 0:
         return {}
-    args, best = run.args, harness.load_checkpoint(run.dir / "best.pt")
+    args = run.args
+    best = harness.load_checkpoint(run.dir / "best.pt")
     with common.explained(f"cannot read {run.dir / 'best.pt'}"):
         run.model.load_state_dict(best["model"])
     run.model.eval()
@@ -441,7 +442,8 @@ def evaluate(run: harness.Run, data: common.Dataset, features: list[Features]) -
 
 def describe(run: harness.Run, data: common.Dataset, reconstructions: Tensor, best: dict) -> dict:
     """All results but the distances: what was trained and how it is measured, the error, the posteriors' variances."""
-    args, crop = run.args, 148 if run.args.data == "celeba" else "square"
+    args = run.args
+    crop = 148 if args.data == "celeba" else "square"
     error = common.to_float(reconstructions) - common.to_float(data.val.cpu())
     results = {
         "model": args.label,
@@ -455,7 +457,8 @@ def describe(run: harness.Run, data: common.Dataset, reconstructions: Tensor, be
         "best_validation_loss": best["loss"] if best["epoch"] else None,
         "validation_mse": error.square().mean().item(),
     }
-    encoder, images, found = run.model["encoder"], data.val[:1000], []
+    encoder, images = run.model["encoder"], data.val[:1000]
+    found = []
     with torch.inference_mode():
         for part in images.split(images_at_once(encoder, images, most=1000)):
             _, scale = harness.posterior(encoder, common.to_float(part))
@@ -481,7 +484,8 @@ def earlier_distances(file: Path, results: dict) -> dict:
 def distances(features: list[Features], images: dict[str, Tensor], test: Tensor, method: str) -> dict:
     """By name of the features: the Fréchet distance of each kind of images to the test images, and how it was
     measured."""
-    found, counts = {}, {kind: len(fakes) for kind, fakes in images.items()}
+    counts = {kind: len(fakes) for kind, fakes in images.items()}
+    found = {}
     for each in features:
         statistics = {
             kind: feature_statistics(map_batches(each, x, f"features: {kind}", BATCH))
@@ -527,7 +531,8 @@ def save_curves(run: harness.Run) -> None:
     """The loss and its parts over the epochs, and where the learning rate was halved: a plot of metrics.csv."""
     from matplotlib.figure import Figure
 
-    history, plateau = run.history, run.args.schedule == "plateau"
+    history = run.history
+    plateau = run.args.schedule == "plateau"
     if not history:
         return
     names = [column.removeprefix("train_") for column in history[-1] if column.startswith("train_")]
