@@ -11,8 +11,7 @@ Arguments, ranks and checkpoints are in harness.py. Equation, table and appendix
 Rosenbaum, Dolgov, Zöllner, "Unscented Autoencoder", ICML 2023.
 
 Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dimension, [C,H,W] image.
-`scale` is the square root of the covariance Σ: standard deviations [B,n] (diagonal) or a lower-triangular L [B,n,n]
-(full), Σ = L Lᵀ.
+`scale` is a factor of the covariance, Σ = L Lᵀ: standard deviations [B,n] (diagonal) or a lower-triangular L [B,n,n].
 """
 
 import functools
@@ -45,7 +44,7 @@ HEURISTICS = ("random", "pairs", "largest")
 # Whether torchrun started this process (WORLD_SIZE alone says nothing: clusters export it everywhere)
 LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
 RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if LAUNCHED else (0, 1)
-LOGVAR_LIMIT = 20.0  # |log σ²| beyond this is no posterior, only an overflow of exp at the paper's learning rate
+LOGVAR_LIMIT = 20.0  # log σ² is clamped to ±20: at the paper's learning rate it runs away early, and exp overflows
 
 
 class UserError(ValueError):
@@ -57,7 +56,7 @@ class UserError(ValueError):
 
 
 def check_sigma_points(k: int, n: int, kappa: float) -> None:
-    """Raise ValueError unless 1 <= k <= 2n+1 and kappa > -n (Eq. 5)."""
+    """Raise UserError unless 1 <= k <= 2n+1 and kappa > -n, finite (Eq. 5)."""
     if not 1 <= k <= 2 * n + 1:
         raise UserError(f"k = {k} sigma points: a latent space of {n} dimensions has 1 to {2 * n + 1} (2n+1)")
     if not -n < kappa < math.inf:
@@ -68,7 +67,7 @@ def sigma_points(mu: Tensor, scale: Tensor, kappa: float = 0.5) -> Tensor:
     """All sigma points of N(mu, Σ), Eq. 5: the mean, then mean + columns, then mean - columns of sqrt(kappa + n)·L.
 
     mu [B,n], scale [B,n] or L [B,n,n] -> [B,2n+1,n]. Their mean (Eq. 6) is mu; their covariance (Eq. 7) is
-    2(kappa+n)/(2n+1)·Σ, which is Σ for kappa = 1/2. Raises ValueError for kappa <= -n.
+    2(kappa+n)/(2n+1)·Σ, which is Σ for kappa = 1/2 alone. Raises UserError for kappa <= -n.
     """
     n = mu.shape[-1]
     check_sigma_points(1, n, kappa)
@@ -81,12 +80,12 @@ def sigma_points(mu: Tensor, scale: Tensor, kappa: float = 0.5) -> Tensor:
 def sample_sigma_points(
     mu: Tensor, scale: Tensor, k: int, heuristic: str = "random", kappa: float = 0.5, generator: Generator | None = None
 ) -> Tensor:
-    """K of the 2n+1 sigma points, drawn without replacement and independently for each image (Eq. 9, Appendix C).
+    """K of the 2n+1 sigma points, chosen for each image by itself and without replacement (Eq. 9, Appendix C).
 
     mu [B,n], standard deviations [B,n] or L [B,n,n] -> [B,K,n]. heuristic: `random`: any of the 2n+1; `pairs`: both
-    points of random axes; `largest`: both points of the axes with the longest columns of L, for a diagonal Σ its
-    largest entries. The last two add the mean if K is odd. Raises ValueError for K outside 1..2n+1, kappa <= -n, or an
-    unknown heuristic.
+    points of random axes; `largest`, without chance: both points of the axes with the longest columns of L, for a
+    diagonal Σ its largest eigenvalues. The last two add the mean if K is odd. Raises UserError for K outside 1..2n+1,
+    kappa <= -n, or an unknown heuristic.
     """
     B, n = mu.shape
     check_sigma_points(k, n, kappa)
@@ -97,10 +96,10 @@ def sample_sigma_points(
         lengths = scale if scale.dim() == 2 else scale.norm(dim=1)  # of the columns of L [B,n]
         score = lengths if heuristic == "largest" else torch.rand(B, n, device=mu.device, generator=generator)
         plus = 1 + score.topk(k // 2).indices
-        place = F.pad(torch.cat([plus, plus + n], dim=1), (k % 2, 0))
+        place = F.pad(torch.cat([plus, plus + n], dim=1), (k % 2, 0))  # odd K: 0 in front, the mean
     else:
         raise UserError(f"heuristic {heuristic!r}: choose from {', '.join(HEURISTICS)}")
-    around_zero = sigma_points(torch.zeros_like(mu), scale, kappa)
+    around_zero = sigma_points(torch.zeros_like(mu), scale, kappa)  # mu's gradient is of K points alone
     return mu.unsqueeze(1) + around_zero.gather(1, place.unsqueeze(2).expand(-1, -1, n))  # [B,K,n]
 
 
@@ -127,10 +126,11 @@ def kl_divergence(mu: Tensor, scale: Tensor) -> Tensor:
 
 
 def wasserstein2(mu: Tensor, scale: Tensor, squared: bool = False) -> Tensor:
-    """2-Wasserstein metric from N(mu, Σ) to N(0, I), W₂² = ‖mu‖² + ‖L - I‖²_F (Eq. 11, 19, 20): -> [B].
+    """2-Wasserstein metric from N(mu, Σ) to N(0, I), the root of ‖mu‖² + ‖L - I‖²_F, which Eq. 19 calls W₂: -> [B].
 
-    mu [B,n], scale the standard deviations [B,n] or L [B,n,n]. `squared` returns W₂². For a diagonal Σ this is exact.
-    For a full L it is the paper's surrogate, since Eq. 19 takes tr(L) for tr(Σ^½). The gradient at W₂ = 0 is 0.
+    mu [B,n], scale the standard deviations [B,n] or L [B,n,n]. `squared` returns the sum itself. For a diagonal Σ this
+    is the true metric (Eq. 20), for a full L the paper's surrogate: Eq. 19 takes tr(L) for tr(Σ^½). Its gradient at 0
+    is 0.
     """
     identity = 1.0 if scale.dim() == 2 else torch.eye(mu.shape[1], device=mu.device, dtype=mu.dtype)
     difference = torch.cat([mu, (scale - identity).flatten(1)], dim=1)
@@ -138,9 +138,9 @@ def wasserstein2(mu: Tensor, scale: Tensor, squared: bool = False) -> Tensor:
 
 
 def wasserstein2_norms(mu: Tensor, scale: Tensor) -> Tensor:
-    """‖mu‖ + ‖L - I‖_F, the sum of two norms that the authors' published code minimises in place of W₂: -> [B].
+    """‖mu‖ + ‖L - I‖_F, the sum of two norms that the authors' published code has in place of W₂: -> [B].
 
-    Not in the paper. It saturates as W₂ does; the gradient of a norm at 0 is 0.
+    Not in the paper. As W₂'s, its gradient does not fade near the prior; at 0 it is 0.
     """
     identity = 1.0 if scale.dim() == 2 else torch.eye(mu.shape[1], device=mu.device, dtype=mu.dtype)
     return torch.linalg.vector_norm(mu, dim=1) + torch.linalg.vector_norm((scale - identity).flatten(1), dim=1)
@@ -154,25 +154,26 @@ def largest_variance(scale: Tensor) -> Tensor:
 def gradient_penalty(
     decoder: nn.Module, mu: Tensor, generator: Generator | None = None, fold: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Unbiased one-draw estimate of the squared Frobenius norm of the decoder's Jacobian J at mu (Eq. 12, 16).
+    """Unbiased one-draw estimate of ‖J‖²_F, a sum over pixels, J the decoder's Jacobian at mu (Eq. 12, 16): -> [B].
 
-    mu [B,n] -> [B] (Hutchinson). Of `Decoder` E‖J u‖² = ‖J‖²_F, u ~ N(0, I) over latents, by forward-mode
-    differentiation (`fold`); of any other module from z to images [B,C,H,W] E‖Jᵀ v‖² = ‖J‖²_F, v = ±1 over pixels, by
-    double backward, without a caller's autocast.
+    mu [B,n]. Of a `Decoder` as it was built E‖J u‖² = ‖J‖²_F, u ~ N(0, I) over latents, by forward-mode differentiation
+    (Hutchinson); `fold` is what `decoder.fold` gave for mu's batch. Of any other module, z -> images [B,C,H,W],
+    E‖Jᵀ v‖² = ‖J‖²_F, v = ±1 over pixels, by double backward, without dropout or a caller's autocast.
 
-    In training mode batch norm takes the statistics of this batch of means, which depend on mu and are differentiated
-    through, in evaluation mode its running ones; it changes neither. By the batch's statistics an image depends on all
-    latents: value i then estimates the rows of the batch's J that belong to image i (of other modules the columns that
-    belong to mu_i), and the expectation of the sum is ‖J‖²_F. In training the loss beside it normalises B·K points, the
-    penalty B means, in validation both by the running statistics: `train_gp` and `val_gp` are two measures.
+    In training mode batch norm takes the statistics of these B means, which depend on mu and are differentiated
+    through, in evaluation mode the running ones; the latter are never changed. By the batch's statistics an image
+    depends on all latents: value i is then of the squared norm of those rows of the batch's J that belong to image i
+    (of other modules, of the columns that belong to mu_i), and the expectation of the sum is ‖J‖²_F. In training the
+    loss beside it normalises B·K points and the penalty B means, in validation both by the running statistics:
+    `train_gp` and `val_gp` are two measures.
     """
-    mu = mu.to(torch.promote_types(mu.dtype, torch.float32))  # of a head under a caller's autocast
+    mu = mu.to(torch.promote_types(mu.dtype, torch.float32))  # a head under a caller's autocast gives bfloat16
     if type(decoder) is Decoder and repr(decoder) == decoder.built:  # repr lists all layers and their settings
         u = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype, generator=generator)
         return decoder.jvp(mu, u, fold).square().sum((1, 2, 3))  # J u [B,C,H,W]
     fp32 = torch.autocast(mu.device.type, enabled=False)
     eager = torch.compiler.set_stance("force_eager")
-    attention = sdpa_kernel(SDPBackend.MATH)  # as compiled code, fused attention cannot be differentiated twice
+    attention = sdpa_kernel(SDPBackend.MATH)  # fused attention, like compiled code, cannot be differentiated twice
     with batch_statistics(decoder), fp32, eager, attention, torch.enable_grad():
         mu = mu if mu.requires_grad else mu.detach().requires_grad_()
         images = decoder(mu)
@@ -205,7 +206,8 @@ def autocast(net: nn.Module, device: torch.device):
 
 
 class Encoder(nn.Module):
-    """x [B,C,H,W] in [-1,1] -> features [B, self.features]: six 3×3 stride-2 convolutions (Table 4)."""
+    """x [B,C,H,W] in [-1,1] -> features [B, self.features]: the five 3×3 stride-2 convolutions of Table 4 behind one
+    from C to 32 channels."""
 
     bf16 = False  # run the convolutions in bfloat16
 
@@ -235,7 +237,8 @@ class Encoder(nn.Module):
 
 
 class GaussianHead(nn.Module):
-    """Features [B,features] -> mu [B,n] and scale, σ [B,n] or with full covariance L [B,n,n] (Table 4, footnote 7)."""
+    """Features [B,features] -> mu [B,n] and scale: σ [B,n], or with full covariance L [B,n,n], whose diagonal σ is then
+    (Table 4, footnote 7)."""
 
     def __init__(self, features: int, latent_dim: int, covariance: str = "diagonal") -> None:
         super().__init__()
@@ -276,7 +279,7 @@ class Decoder(nn.Module):
             layers += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c_out), nn.LeakyReLU(inplace=True)]
         self.rest = nn.Sequential(*layers, nn.ConvTranspose2d(hidden[-1], channels, 3, padding=1))
-        self.built = repr(self)  # `jvp` knows these layers and `forward` alone: change both, or derive a class
+        self.built = repr(self)  # `jvp` is of these layers and this `forward`: change both, or derive a class
 
     def forward(self, z: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> Tensor:
         with autocast(self, z.device):
@@ -328,8 +331,8 @@ class Decoder(nn.Module):
 
 
 def batch_norm_jvp(layer: nn.BatchNorm2d, h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Value h and tangent t [M,C,H,W] behind a batch norm, which stays as it is: in training mode by the batch's
-    statistics (in float32 at least), whose tangents are in t, in evaluation mode by the running ones."""
+    """Value h and tangent t [M,C,H,W] behind a batch norm, whose buffers stay: in training mode by the batch's
+    statistics (in float32 at least), whose own tangents are part of t, in evaluation mode by the running ones."""
     if not layer.training:
         return layer(h), t * (layer.weight * (layer.running_var + layer.eps).rsqrt()).to(t.dtype)[:, None, None]
     dtype = h.dtype
@@ -345,7 +348,7 @@ def batch_norm_jvp(layer: nn.BatchNorm2d, h: Tensor, t: Tensor) -> tuple[Tensor,
 @contextmanager
 def batch_statistics(module: nn.Module):
     """Evaluation mode for a while, but batch norms that are in training mode take the batch's statistics; no buffer is
-    changed. (torch's forward mode would have the statistics constant in its gradient.)"""
+    changed. For double backward: the gradient of torch's forward mode has the statistics of norms constant."""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
     with eval_mode(module):

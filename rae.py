@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict:
     harness.check_nets(model, loss, data, args)
     features = fid.load_features(args, data)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    scheduler = harness.learning_rate(optimizer, args)  # halved after 5 epochs without progress
+    scheduler = harness.learning_rate(optimizer, args)  # the rule of --schedule
     run = harness.Run(args, model, optimizer, scheduler, data)
     while run.epoch < args.epochs:
         model.train()
