@@ -451,8 +451,8 @@ def load_trained(
 class Run:
     """A run's folder: args.json, metrics.csv and the checkpoints.
     `best.pt` (best validation loss; first the untrained net) is a dict of `model` with the keys `encoder.…` and
-    `decoder.…`, `epoch`, `args` and `loss` (the best one); `last.pt` has `optimizer`, `scheduler` and `history` (rows of
-    metrics.csv) beside them.
+    `decoder.…`, `epoch`, `args` and `loss` (the best one); `last.pt` has `optimizer`, `scheduler` and `history` (rows
+    of metrics.csv) beside them.
     """
 
     lock = None  # of the folder; a process has one run at a time
@@ -578,8 +578,8 @@ class Run:
             )
 
     def _save(self, improved: bool) -> None:
-        """Write args.json, metrics.csv, best.pt if the epoch was the best, and last.pt: a run that is killed before does
-        the epoch again."""
+        """Write args.json, metrics.csv, best.pt if the epoch was the best, and last.pt: killed before it, a run does the
+        epoch again."""
         best = {"model": self.model.state_dict(), "epoch": self.epoch, "args": vars(self.args), "loss": self.best}
         last = best | {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
         last["history"] = self.history
