@@ -578,7 +578,7 @@ class Run:
             )
 
     def _save(self, improved: bool) -> None:
-        """Write args.json, metrics.csv, best.pt if the epoch was the best, and last.pt: killed before it, a run does the
+        """Write args.json, metrics.csv, best.pt if the epoch was the best, and last.pt: a run killed before does the
         epoch again."""
         best = {"model": self.model.state_dict(), "epoch": self.epoch, "args": vars(self.args), "loss": self.best}
         last = best | {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
