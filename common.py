@@ -553,14 +553,17 @@ def read_image(file: Path) -> Tensor:
     """One image file as RGB uint8 [3,H,W]; transparency over white, 16-bit grey scaled. Raises UserError naming it."""
     with explained(f"cannot read {file}"):
         image = Image.open(file)
-        if image.format == "TIFF" and image.n_frames > 1:
-            raise UserError(f"{image.n_frames} pages, save each as a file")
+        tags, frames = image.tag_v2 if image.format == "TIFF" else {}, getattr(image, "n_frames", 1)
+        if frames > 1 and image.format not in ("MPO", "PSD"):  # a phone's photo with its preview; layers
+            raise UserError(f"{frames} frames or pages, save each as a file")
+        deep = max(tags.get(258, (8,))) > 8 or ";16B" in str(image.tile)  # TIFF's BitsPerSample, PNG's raw mode
+        if deep and image.mode[0] not in "IF":
+            raise UserError("more than 8 bits in colour, of which the lower would be lost, scale them to 8")
+        if tags.get(262) == 2 and tags.get(277) > 3 and tags.get(338) not in ((1,), (2,)):  # RGB, ExtraSamples
+            raise UserError(f"RGB with {tags[277]} bands, and none is said to be alpha, save three")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            grey = np.asarray(image)
-            if 0 < grey.max() < 4096:
-                raise UserError(f"16-bit grey up to {grey.max()} is nearly black, scale it to 65535")
-            image = Image.fromarray((grey / 257).round().astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.mode in ("I", "F"):
             raise UserError(f"mode {image.mode} has no fixed range, save 8 bits a channel")
         if image.has_transparency_data:

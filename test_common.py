@@ -1,5 +1,6 @@
 """All tests of the six scripts, common.py and fid.py: the method by oracles, then data, runs, ranks and commands."""
 
+import base64
 import contextlib
 import copy
 import gzip
@@ -840,11 +841,12 @@ def test_folders_are_split_as_they_say_or_refused(folders, expected):
 def test_images_are_what_their_files_show(capsys):
     grey, colours = np.full((4, 6), 51400, np.uint16), [Image.new("RGB", (6, 4), c) for c in ("red", "lime")]
     half, stack = Image.new("RGBA", (6, 4), (100, 0, 200, 128)), {"save_all": True, "append_images": colours[1:]}
+    phone = {"format": "MPO", "save_all": True, "append_images": [Image.new("L", (6, 4), 9)]}  # a photo and its preview
     exif, palette, jpeg = Image.Exif(), colours[0].quantize(2), {"format": "JPEG"}
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     for name, image, options, colour in [
-        ("a.png", grey, {}, [200]), ("b.tiff", grey, {}, [200]), ("c.gif", colours[0], stack, [255, 0, 0]),
-        ("d.png", half, {}, [177, 127, 227]), ("e.png", Image.new("LA", (6, 4), (100, 128)), {}, [177]),
+        ("a.png", grey, {}, [200]), ("b.tiff", grey, {}, [200]), ("c.jpg", Image.new("L", (6, 4), 77), phone, [77]),
+        ("d.tiff", half, {}, [177, 127, 227]), ("e.png", Image.new("LA", (6, 4), (100, 128)), {}, [177]),
         ("f.png", palette, {}, [255, 0, 0]), ("g.png", palette, {"transparency": 0}, [255]),
         ("h.png", Image.new("1", (6, 4), 1), {}, [255]), ("i.jfif", Image.new("L", (6, 4), 77), jpeg, [77]),
     ]:  # fmt: skip
@@ -858,10 +860,17 @@ def test_images_are_what_their_files_show(capsys):
     Path("k.png").write_bytes(Path("j.png").read_bytes()[:60])
     refused("cannot read k.png: ", common.read_image, Path("k.png"))
     for image, options, message in [
-        (np.full((4, 6), 4095, np.uint16), {}, "16-bit grey up to 4095 is nearly"), (colours[0], stack, "2 pages"),
+        *[(colours[0], stack | {"format": name}, "2 frames or pages") for name in ("TIFF", "GIF", "WEBP", "PNG")],
         (np.full((4, 6), 255, np.int32), {}, "mode I "), (np.full((4, 6), 0.5, np.float32), {}, "mode F "),
+        (Image.new("RGBX", (6, 4)), {}, "RGB with 4 bands, and none is said to be alpha"),
     ]:  # fmt: skip
         refused(f"cannot read l.tiff: {message}", common.read_image, save("l.tiff", image, **options))
+    no_tag = Path("d.tiff").read_bytes().replace(struct.pack("<HH", 338, 3), struct.pack("<HH", 65000, 3))
+    deep = save("l.tiff", noise(4, 6)).read_bytes().replace(b"\x08\0" * 3, b"\x10\0" * 3)
+    png = b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABEAIAAADA54+dAAAADElEQVR42mPg3gGCAAcDAkpY2gkHAAAAAElFTkSuQmCC"  # of 16 bits
+    for content, message in ((no_tag, "RGB with 4"), (deep, "more than 8 b"), (base64.b64decode(png), "more than 8 b")):
+        Path("l.tiff").write_bytes(content)
+        refused(f"cannot read l.tiff: {message}", common.read_image, Path("l.tiff"))
 
 
 def test_arrays_of_one_form_are_read_and_others_refused_with_what_makes_them_right():
