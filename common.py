@@ -409,7 +409,11 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
     else:
         own = own_images(name)
         splits = hold_out(read_folder(own, data_dir, size) if own.is_dir() else read_arrays(own))
-    return Dataset(*(crop_and_resize(split, size) for split in splits))
+    data = Dataset(*(crop_and_resize(split, size) for split in splits))
+    values = [int(value) for split in data if name not in DEFAULTS and len(split) for value in split.aminmax()]
+    if values and max(values) - min(values) < LEVELS:
+        raise UserError(f"{name}: all images are from {min(values)} to {max(values)} of 255, scale them to 0 to 255")
+    return data
 
 
 def crop_and_resize(images: Tensor, size: int, crop: int = 0) -> Tensor:
@@ -503,6 +507,7 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 # Own images: folders and arrays, always with three channels
 
 LIKE_A_SPLIT = r"(train(ing)?|test(ing)?|val(id(ation)?)?|dev)(?![a-z])"
+LEVELS = 32  # of 256: in fewer lie masks of 0 and 1, or 12 of 16 bits, whose images would be black
 
 
 def own_images(name: str) -> Path:
@@ -603,7 +608,7 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
 def to_images(x: np.ndarray) -> Tensor:
     """uint8 [N,H,W] or [N,H,W,1 or 3] -> RGB [N,3,H,W]. Raises UserError with what makes it of others."""
     channels = x.shape[3] if x.ndim == 4 else 1
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or channels not in (1, 3) or x.max(initial=0) <= 1:
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or channels not in (1, 3):
         raise UserError(
             f"{x.dtype} {list(x.shape)} is not uint8 [N,H,W] or [N,H,W,3] from 0 to 255: save "
             '(x * 255).round().astype("uint8") of values in [0,1], x.transpose(0, 2, 3, 1) of channels first'

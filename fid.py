@@ -242,13 +242,16 @@ def read_side(path: Path, get_features, batch_size: int) -> tuple[np.ndarray, np
             if "train" not in saved and len(saved) != 1:
                 raise UserError(f"it has the arrays {' '.join(saved)}, not mu and sigma, train, or one alone")
             images, read = common.to_images(saved.get("train", next(iter(saved.values())))), lambda image: image
-    features, outputs, sizes = get_features(), [], set()
+    features, outputs, sizes, values = get_features(), [], set(), []
     with common.progress(f"features of {path.name}", len(images)) as bar:
         for start in range(0, len(images), batch_size):
             batch = [read(image) for image in images[start : start + batch_size]]
             sizes |= {f"{image.shape[2]}x{image.shape[1]}" for image in batch}
+            values += [int(value) for image in batch for value in (image.min(), image.max())]
             outputs.append(features(batch).cpu())
             bar.update(len(batch))
+    if values and max(values) - min(values) < common.LEVELS:
+        common.note(f"{path.name}: all images are from {min(values)} to {max(values)} of 255")
     shown = sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes"
     known = f"{features.metric} {features.name} {features.hash}"
     return *feature_statistics(torch.cat(outputs)), f"{path.name} ({len(images)} images, {shown})", known
