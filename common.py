@@ -15,7 +15,6 @@ Axes: B batch, K samples or sigma points, M = B·K decoded points, n latent dime
 """
 
 import functools
-import glob
 import gzip
 import hashlib
 import itertools
@@ -506,7 +505,8 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Own images: folders and arrays, always with three channels
 
-LIKE_A_SPLIT = r"(train(ing)?|test(ing)?|val(id(ation)?)?|dev)(?![a-z])"
+# A split's name between separators, digits or capitals: seg_train, Testing, val2017, testB; not valley, contest
+LIKE_A_SPLIT = r"(?<![^\W\d_])((?i:train|test|val|dev))(?i:ing|id(ation)?)?(?![^\W\d_A-Z]|(?<=[A-Z])[A-Z])"
 LEVELS = 32  # of 256: in fewer lie masks of 0 and 1, or 12 of 16 bits, whose images would be black
 
 
@@ -521,19 +521,20 @@ def own_images(name: str) -> Path:
 def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
     """The images below a folder as `train`, or by its folders train/ val/ test/: uint8 [N,3,size,size] each. Raises
     UserError for what would be left out or pooled."""
+    files = image_files(root, pool=False)
     children = [child for child in sorted(root.iterdir()) if child.is_dir() or is_image(child)]
     splits = [name for name in ("train", "val", "test") if root / name in children]
     if splits not in ([], ["train"], ["train", "test"], ["train", "val", "test"]):
         found = "/ and ".join(splits)
         raise UserError(f"{root}/ has {found}/ alone: rename them train/ test/ (val/ to test/) or train/ val/ test/")
     for child in children:
-        like_a_split = child.is_dir() and re.match(LIKE_A_SPLIT, child.name.lower())
+        like_a_split = child.is_dir() and re.search(LIKE_A_SPLIT, child.name)
         if child.name not in splits and not child.name.startswith(".") and (splits or like_a_split):
-            raise UserError(
-                f"{child} is none of train/ val/ test/: rename or move it, or it would be left out or pooled"
-            )
-    images = decode_images([image_files(root / split) for split in splits or ["."]], size, data_dir)
-    return dict(zip(splits or ["train"], images, strict=True))
+            raise UserError(f"{child} is none of train/ val/ test/: rename or move it (it would be left out or pooled)")
+    parts = [[file for file in files if file.relative_to(root).parts[0] == name] for name in splits] or [files]
+    if not all(parts):
+        raise UserError(f"{root}/ has no images in one of {'/ '.join(splits)}/ (links to another's do not count)")
+    return dict(zip(splits or ["train"], decode_images(parts, size, data_dir), strict=True))
 
 
 def is_image(file: Path) -> bool:
@@ -541,17 +542,28 @@ def is_image(file: Path) -> bool:
     return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted by name, without hidden ones; notes other files. Raises UserError if there
-    are none."""
-    files = sorted(map(Path, glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)))  # links are followed
-    images = [file for file in files if is_image(file)]
-    others = [file.name for file in files if not is_image(file) and not file.is_dir()]
+def image_files(folder: Path, pool: bool = True) -> list[Path]:
+    """All image files below a folder, sorted by name, without hidden ones; links are followed, but a real folder or
+    file comes once. Notes other files. Raises UserError if there are none or a folder cannot be listed, without `pool`
+    also if folders side by side in one below it name two splits."""
+    seen, folders, images, others = set(), [folder], [], []
+    for top in folders:  # which grow meanwhile
+        with explained(f"cannot list {top}/"):
+            found = sorted((x.name, x.is_dir(), Path(x)) for x in os.scandir(top) if not x.name.startswith("."))
+        splits = {split[1].lower() for name, is_dir, _ in found if is_dir and (split := re.search(LIKE_A_SPLIT, name))}
+        if not pool and top != folder and len(splits) > 1:
+            raise UserError(f"{top}/ has {' and '.join(sorted(splits))}, to be pooled: give it as --dataset, or rename")
+        for name, is_dir, path in found:
+            if not is_dir and not is_image(path):
+                others.append(name)
+            elif (real := os.path.realpath(path)) not in seen:
+                seen.add(real)
+                (folders if is_dir else images).append(path)
     if not images:
         raise UserError(f"{folder}/ has no images that PIL opens (of a hub's tables make an .npz: README, Data)")
     if others:
         note(f"left out below {folder}/, PIL opens no such images: {others[0]} ({len(others)} in all)")
-    return images
+    return sorted(images)
 
 
 def read_image(file: Path) -> Tensor:

@@ -813,13 +813,16 @@ def test_celeba_is_split_by_its_partition():
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [("train val test", [20, 20, 20]), ("train test", [18, 2, 20]), ("train", [16, 2, 2]), (".", [16, 2, 2]),
-     ("valley testimony/small", [32, 4, 4]), ("a/train a/test", [32, 4, 4]), ("train/cats train/test .git", [32, 4, 4]),
+     ("VALLEY contest/small", [32, 4, 4]), ("a/train a/testimony", [32, 4, 4]), ("train/a train/test .git", [32, 4, 4]),
      ("train val", r"train/ and val/ alone: rename them train/ test/ \(val/ to test/\) or train/ val/ test/"),
      ("val test", "val/ and test/ alone"), ("test", "test/ alone"), ("val", "val/ alone"),
      ("train extra/deep", "pictures/extra is none of train/ val/ test/: rename or move it"),
      ("train test .", r"pictures/080\.png is none"), ("train valid test", "pictures/valid is none"),
      ("Training", "pictures/Training is none"), ("cats TEST", "pictures/TEST is none"),
      ("cats validation_1", "pictures/validation_1 is none"), ("cats dev-set", "pictures/dev-set is none"),
+     ("seg_train seg_pred", "pictures/seg_train is none"), ("a.val2 b", "val2 is none"), ("A testB", "testB is none"),
+     ("a/b/Training a/b/x-test", r"a/b/ has test and train, to be pooled: give it as --dataset, or rename"),
+     ("train/a/train train/a/dev test", "pictures/train/a/ has dev and train, to be pooled"),
      ("hidden/.cache", "pictures/ has no images that PIL opens")],
 )  # fmt: skip
 def test_folders_are_split_as_they_say_or_refused(folders, expected):
@@ -836,6 +839,29 @@ def test_folders_are_split_as_they_say_or_refused(folders, expected):
     assert folders != "." or (val, test) == ([8, 10], [26, 38])  # the same on every machine
     assert "test" not in names or max(train) == 38 and min(test) == 40 * names.index("test")
     assert sorted(train) != train and sorted(test[:9]) != test[:9] or len(test) < 9  # --limit-eval takes every class
+
+
+def test_an_image_is_one_real_file_in_one_order_and_a_folder_that_cannot_be_listed_is_named():
+    known = [Path("own", name) for name in ("b/2.png", "b/d/0.png", "b c/1.png", "b-1/3.png")]  # folder by folder
+    for file in (*known, Path("own/.h/4.png"), Path("own/b/.5.png"), Path("own/blobs/6")):
+        save(file, noise(), format="PNG")
+    assert common.image_files(Path("own")) == known
+    for link, target in [("own/here", "."), ("own/b-1/9.png", "../b/2.png"), ("own/v/7.png", "../blobs/6"),
+                         ("own/last", "b-1"), ("own/b/up", "../b c"), ("own/w/8.png", "../blobs/6")]:  # fmt: skip
+        Path(link).parent.mkdir(exist_ok=True), Path(link).symlink_to(target)
+    assert common.image_files(Path("own")) == [*known, Path("own/v/7.png")]
+    (
+        shades("a", 0),
+        shades("b/test", 40),
+        Path("b/train").symlink_to("../a"),
+        Path("a/x.png").symlink_to("../b/test/040.png"),
+    )
+    train, val, test = (split[:, 0, 0, 0] for split in common.load_dataset("b"))
+    assert max(*train, *val) == 38 and sorted(test) == list(range(40, 80, 2))  # none of another split
+    shutil.rmtree("b/test"), Path("b/test").symlink_to("../a")
+    refused("b/ has no images in one of train/ test/", common.load_dataset, "b")
+    with mock.patch.object(os, "scandir", side_effect=PermissionError(13, "Permission denied")):
+        refused("cannot list a/: Permission denied", common.load_dataset, "a")
 
 
 def test_images_are_what_their_files_show(capsys):
