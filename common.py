@@ -402,17 +402,23 @@ class Dataset(NamedTuple):
 def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> Dataset:
     """Load `digits`, `fashion_mnist`, `cifar10`, `celeba`, or the images in a folder, .npy or .npz; image_size
     for another size than the data set's own. Raises UserError, with what to put where, if anything is missing."""
-    size, data_dir = image_size or DEFAULTS.get(name, OWN)["image_size"], Path(data_dir)
+    return load_identified(name, data_dir, image_size)[0]
+
+
+def load_identified(name: str, data_dir: str | Path, image_size: int | None) -> tuple[Dataset, str]:
+    """`load_dataset`, and the digest by which a run knows its own images again ("" of the data sets with a name)."""
+    size, data_dir, digest = image_size or DEFAULTS.get(name, OWN)["image_size"], Path(data_dir), ""
     if name in DEFAULTS:
         splits, _ = LOADERS[name](data_dir, size)
     else:
         own = own_images(name)
-        splits = hold_out(read_folder(own, data_dir, size) if own.is_dir() else read_arrays(own))
+        images, digest = read_folder(own, data_dir, size) if own.is_dir() else read_arrays(own)
+        splits = hold_out(images)
     data = Dataset(*(crop_and_resize(split, size) for split in splits))
-    values = [int(value) for split in data if name not in DEFAULTS and len(split) for value in split.aminmax()]
+    values = [int(value) for split in data if digest and len(split) for value in split.aminmax()]
     if values and max(values) - min(values) < LEVELS:
         raise UserError(f"{name}: all images are from {min(values)} to {max(values)} of 255, scale them to 0 to 255")
-    return data
+    return data, digest
 
 
 def crop_and_resize(images: Tensor, size: int, crop: int = 0) -> Tensor:
@@ -468,7 +474,9 @@ def _celeba(data_dir: Path, size: int = 64) -> tuple[list[Tensor], None]:
             splits[int(split)].append(folder / name)
         if not all(splits):
             raise UserError("one of 0 (training), 1 (validation), 2 (test) has no images")
-    return decode_images(splits, size, data_dir, crop=148), None
+    # Not 1.4 GB of bytes at each start: the set is fixed, and no other 200,000 JPEG files have these names and sizes
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for split in splits for file in split]
+    return decode_images(splits, size, data_dir, repr(stats), crop=148), None
 
 
 LOADERS = {"digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "celeba": _celeba}
@@ -518,9 +526,9 @@ def own_images(name: str) -> Path:
     return path
 
 
-def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
-    """The images below a folder as `train`, or by its folders train/ val/ test/: uint8 [N,3,size,size] each. Raises
-    UserError for what would be left out or pooled."""
+def read_folder(root: Path, data_dir: Path, size: int) -> tuple[dict[str, Tensor], str]:
+    """The images below a folder as `train`, or by its folders train/ val/ test/: uint8 [N,3,size,size] each; and the
+    digest of all files. Raises UserError for what would be left out or pooled."""
     files = image_files(root, pool=False)
     children = [child for child in sorted(root.iterdir()) if child.is_dir() or is_image(child)]
     splits = [name for name in ("train", "val", "test") if root / name in children]
@@ -534,7 +542,8 @@ def read_folder(root: Path, data_dir: Path, size: int) -> dict[str, Tensor]:
     parts = [[file for file in files if file.relative_to(root).parts[0] == name] for name in splits] or [files]
     if not all(parts):
         raise UserError(f"{root}/ has no images in one of {'/ '.join(splits)}/ (links to another's do not count)")
-    return dict(zip(splits or ["train"], decode_images(parts, size, data_dir), strict=True))
+    digest = digest_files(root, files)
+    return dict(zip(splits or ["train"], decode_images(parts, size, data_dir, digest), strict=True)), digest
 
 
 def is_image(file: Path) -> bool:
@@ -566,6 +575,18 @@ def image_files(folder: Path, pool: bool = True) -> list[Path]:
     return sorted(images)
 
 
+def digest_files(root: Path, files: list[Path]) -> str:
+    """A sha256 of names below root and bytes: sizes and times tell no data sets apart, pixels differ by processor."""
+
+    def digest(file: Path) -> tuple[str, str]:
+        with explained(f"cannot read {file}"):
+            return file.relative_to(root).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        known = list(progress("reading images", len(files), pool.map(digest, files)))
+    return hashlib.sha256(repr(known).encode()).hexdigest()
+
+
 def read_image(file: Path) -> Tensor:
     """One image file as RGB uint8 [3,H,W]; transparency over white, 16-bit grey scaled. Raises UserError naming it."""
     with explained(f"cannot read {file}"):
@@ -589,13 +610,12 @@ def read_image(file: Path) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int = 0) -> list[Tensor]:
+def decode_images(splits: list[list[Path]], size: int, data_dir: Path, known: str, crop: int = 0) -> list[Tensor]:
     """Splits of image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size] each,
-    decoded once into a file named after the files' names, sizes and times, and memory-mapped ever after."""
+    decoded once into a file named after what is `known` of them, and memory-mapped ever after."""
     files = [file for split in splits for file in split]
     top = Path(os.path.commonpath([file.parent for file in files])).resolve()
-    known = [(os.path.relpath(file, top), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(repr((known, size, crop, "v2")).encode()).hexdigest()[:16]  # v2: of read_image
+    key = hashlib.sha256(repr((known, size, crop, "v3")).encode()).hexdigest()[:16]  # v3: of read_image
     cache = data_dir / "decoded" / f"{top.name[:40]}-{size}-{key}.npy"
     if not cache.exists():
         with ThreadPoolExecutor() as pool:
@@ -607,14 +627,14 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, crop: int
         return list(torch.from_numpy(np.load(cache, mmap_mode="c")).split([len(split) for split in splits]))
 
 
-def read_arrays(file: Path) -> dict[str, Tensor]:
-    """The images of an .npy, or of an .npz with `train`, `train test` or `train val test`: uint8 [N,3,H,W] each."""
+def read_arrays(file: Path) -> tuple[dict[str, Tensor], str]:
+    """As `read_folder`, of an .npy, or of an .npz with `train`, `train test` or `train val test`: uint8 [N,3,H,W]."""
     with explained(f"cannot read {file}"):
         loaded = np.load(file)
         arrays = {"train": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
         if sorted(arrays) not in (["train"], ["test", "train"], ["test", "train", "val"]):
             raise UserError(f"name its arrays train, train test or train val test, not {' '.join(arrays)}")
-        return {name: to_images(array) for name, array in arrays.items()}
+        return {name: to_images(array) for name, array in arrays.items()}, digest_files(file, [file])
 
 
 def to_images(x: np.ndarray) -> Tensor:

@@ -18,7 +18,6 @@ import shlex
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
@@ -41,7 +40,7 @@ from common import (
     epoch_batches,
     eval_mode,
     explained,
-    load_dataset,
+    load_identified,
     note,
     own_images,
     progress,
@@ -306,11 +305,11 @@ def prepare(nets: tuple[nn.Module, nn.Module], args: argparse.Namespace, device:
 def load_data(args: argparse.Namespace, device: torch.device) -> Dataset:
     """The data set of a run's arguments on the device. Raises UserError if it cannot be had or does not fit."""
     with rank_zero_first():
-        data = load_dataset(args.dataset, args.data_dir, args.image_size)
+        data, digest = load_identified(args.dataset, args.data_dir, args.image_size)
     limits = args.limit_train, args.limit_eval, args.limit_eval
     data = Dataset(*(split[:limit] for split, limit in zip(data, limits, strict=True)))
-    if args.dataset not in DEFAULTS:  # own images may change under their name
-        args.images_crc32 = [zlib.crc32(split.contiguous().numpy()) for split in data]
+    if digest:  # own images may change under their name
+        args.images_sha256 = digest
     try:
         return Dataset(*(split.to(device) for split in data))
     except torch.OutOfMemoryError as error:
@@ -500,13 +499,18 @@ class Run:
         state = load_checkpoint(file)
         with explained(f"cannot go on with {file}"):
             now, then = vars(self.args), state["args"]
+            if "images_crc32" in then:
+                raise UserError("it is from before own images were known by their files' bytes, give another --out")
             may_differ = UNNAMED - {"seed"} | {"command"}
             if file != last or state["epoch"] >= now["epochs"]:  # nothing is trained any more
                 may_differ |= {"precision", "ranks"}
             names = [n for n in sorted((now.keys() | then.keys()) - may_differ) if now.get(n) != then.get(n)]
             if names:
-                differ = "; ".join(f"{name} is {now.get(name)}, was {then.get(name)}" for name in names)
-                raise UserError(f"other arguments ({differ}), give another --out")
+                said = {"images": "images (training, validation, test)"}
+                differ = [f"{said.get(n, n)} is {now.get(n)}, was {then.get(n)}" for n in names if n != "images_sha256"]
+                if "images_sha256" in names:
+                    differ.append("files of the images changed")
+                raise UserError(f"other arguments ({'; '.join(differ)}), give another --out")
         return state
 
     def _load(self, state: dict) -> None:

@@ -937,20 +937,32 @@ def test_arrays_of_one_form_are_read_and_others_refused_with_what_makes_them_rig
     refused(f"cannot read {name}: ", common.load_dataset, name)
 
 
-def test_a_folder_is_decoded_once_and_again_when_its_files_or_the_size_change(monkeypatch):
-    shades("pictures", 0)
-    first, reads, read = common.load_dataset("pictures").train.clone(), [], common.read_image
-    monkeypatch.setattr(common, "read_image", lambda file: reads.append(file) or read(file))
-    assert torch.equal(common.load_dataset("pictures").train, first) and not reads
-    cache, cached = the_one("data/decoded"), the_one("data/decoded").read_bytes()
+@pytest.fixture
+def reads(monkeypatch):
+    """The files that are decoded from here on."""
+    files, read = [], common.read_image
+    monkeypatch.setattr(common, "read_image", lambda file: files.append(file) or read(file))
+    return files
+
+
+def test_a_folder_is_decoded_once_and_again_when_its_files_or_the_size_change(reads):
+    shades("pictures", 0), shutil.copytree("pictures", "moved/pictures", copy_function=shutil.copyfile)
+    first = common.load_dataset("pictures").train.clone()
+    assert torch.equal(common.load_dataset("moved/pictures").train, first) and len(reads) == 20  # though of other times
+    (cache,), stat = Path("data/decoded").iterdir(), os.stat("pictures/000.png")
+    cached = cache.read_bytes()
     cache.write_bytes(cached[:-100])
     refused(f"cannot read {cache}, remove it", common.load_dataset, "pictures")
     cache.write_bytes(cached)
-    save("pictures/000.png", np.full((8, 8, 3), 200, np.uint8))  # a changed file
-    assert 200 in torch.cat(common.load_dataset("pictures")) and len(reads) == 20
+    save("pictures/000.png", np.full((8, 8, 3), 200, np.uint8), format="BMP")  # another file of equal size and time
+    os.utime("pictures/000.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert 200 in torch.cat(common.load_dataset("pictures")) and len(reads) == 40
+    for name, other in (("pictures/000.png", "a"), ("pictures/001.png", "pictures/000.png"), ("a", "pictures/001.png")):
+        Path(name).rename(other)
+    assert 200 in torch.cat(common.load_dataset("pictures")) and len(reads) == 60
     shades("pictures", 20, 1)  # a new one
-    assert sum(map(len, common.load_dataset("pictures"))) == 21 and len(reads) == 41
-    assert common.load_dataset("pictures", image_size=64).train.shape[2:] == (64, 64) and len(reads) == 62
+    assert sum(map(len, common.load_dataset("pictures"))) == 21 and len(reads) == 81
+    assert common.load_dataset("pictures", image_size=64).train.shape[2:] == (64, 64) and len(reads) == 102
 
 
 def test_batches_cover_shuffle_flip_and_scale_and_go_back_to_uint8():
@@ -1215,6 +1227,8 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     results = train("--resume")  # all epochs are done
     assert results["best_epoch"] == 3 and results["precision"] == "fp32"  # of the evaluation; then of the training
     assert (results["args"]["precision"], results["args"]["ranks"]) == ("bf16", 2)
+    torch.save(last | {"args": last["args"] | {"images_crc32": [1, 2, 3]}}, finished / "last.pt")
+    refused("before own images were known by their files' bytes, give another --out", train, "--resume")
     torch.save(elsewhere | {"epoch": 2}, finished / "last.pt")
     refused(r"other arguments \(precision is fp32, was bf16; ranks is 1, was 2\)", train, "--resume")
     for name in ("best.pt", "last.pt"):
@@ -1232,12 +1246,19 @@ def test_a_resume_refuses_what_would_be_another_run(finished):
     refused(r"k is 4, was 8; .*lr is 0\.1, was 0\.005; .*seed is 3, was 0\)", train, *other, "--resume")
     the_one("runs").rename(Path("runs", vae.arguments(SMALL).name))
     refused("script is vae, was uae", train, "--resume", script=vae)
-    shades("own", 1)
-    results = train("--resume", "--dataset", "own")
-    shutil.copytree("own", "moved/own")
-    assert train("--resume", "--dataset", "moved/own")["validation_mse"] == results["validation_mse"]
+
+
+def test_own_images_are_known_again_by_their_files_wherever_they_are():
+    shades("own", 1), shutil.copytree("own", "moved/own"), np.save("array.npy", noise(20, 32, 32))
+    results, resume = train("--dataset", "own"), ["--resume", "--dataset", "moved/own"]
+    shutil.rmtree("data")
+    with mock.patch.object(common, "read_image", lambda file, read=common.read_image: read(file) ^ 1):  # another CPU
+        assert train(*resume)["validation_mse"] != results["validation_mse"]
     shades("moved/own", 30, 10)
-    refused(r"images is \[24, 3, 3\], was .*; images_crc32 is \[", train, "--resume", "--dataset", "moved/own")
+    counts = r"images \(training, validation, test\) is \[24, 3, 3\], was \[16, 2, 2\]"
+    refused(rf"\({counts}; files of the images changed\), give another --out", train, *resume)
+    train("--dataset", "array.npy"), np.save("array.npy", noise(20, 32, 32, 1))
+    refused(r"cannot go on .*\(files of the images changed\), give", train, "--dataset", "array.npy", "--resume")
 
 
 def test_a_run_without_its_last_checkpoint_is_measured_and_never_trained_over(finished):
