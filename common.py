@@ -20,11 +20,12 @@ import hashlib
 import itertools
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -612,17 +613,33 @@ def read_image(file: Path) -> Tensor:
 
 def decode_images(splits: list[list[Path]], size: int, data_dir: Path, known: str, crop: int = 0) -> list[Tensor]:
     """Splits of image files, centre-cropped (to `crop` pixels, or to a square) and resized: uint8 [N,3,size,size] each,
-    decoded once into a file named after what is `known` of them, and memory-mapped ever after."""
+    decoded once into a file named after what is `known` of them, and memory-mapped ever after. When all have been
+    tried, raises UserError for those that cannot be read."""
+
+    def decoded(file: Path) -> Tensor | UserError:
+        try:
+            return crop_and_resize(read_image(file), size, crop)
+        except UserError as error:
+            return error
+
     files = [file for split in splits for file in split]
     top = Path(os.path.commonpath([file.parent for file in files])).resolve()
     key = hashlib.sha256(repr((known, size, crop, "v3")).encode()).hexdigest()[:16]  # v3: of read_image
     cache = data_dir / "decoded" / f"{top.name[:40]}-{size}-{key}.npy"
     if not cache.exists():
-        with ThreadPoolExecutor() as pool:
-            squares = pool.map(lambda file: crop_and_resize(read_image(file), size, crop), files)
-            images = torch.stack(list(progress("decoding images", len(files), squares)))
-        with replacing(cache) as temporary:
-            np.save(temporary, images.numpy())
+        with replacing(cache) as temporary, ThreadPoolExecutor() as pool:
+            temporary.touch()  # can it be written there?
+            for leftover in cache.parent.glob(f".tmp-*@{platform.node()}@*"):  # of this host
+                with suppress(PermissionError):  # lives, of another user
+                    try:
+                        os.kill(int(leftover.name[5:].split("@")[0]), 0)  # asks whether it lives
+                    except ProcessLookupError:
+                        leftover.unlink(missing_ok=True)
+            squares = list(progress("decoding images", len(files), pool.map(decoded, files)))
+            failed = [str(square) for square in squares if isinstance(square, UserError)]
+            if failed:
+                raise UserError(f"{'; '.join(failed[:10])} ({len(failed)} of {len(files)} images)")
+            np.save(temporary, torch.stack(squares).numpy())
     with explained(f"cannot read {cache}, remove it"):
         return list(torch.from_numpy(np.load(cache, mmap_mode="c")).split([len(split) for split in splits]))
 
@@ -681,7 +698,7 @@ def explained(beginning: str):
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which replaces the file when all is written and synced. Raises UserError if the
     disk fails; the old file stays then."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".tmp-{os.getpid()}@{platform.node()}@{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

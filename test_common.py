@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import random
 import re
 import shlex
@@ -963,6 +964,22 @@ def test_a_folder_is_decoded_once_and_again_when_its_files_or_the_size_change(re
     shades("pictures", 20, 1)  # a new one
     assert sum(map(len, common.load_dataset("pictures"))) == 21 and len(reads) == 81
     assert common.load_dataset("pictures", image_size=64).train.shape[2:] == (64, 64) and len(reads) == 102
+
+
+def test_all_bad_files_are_tried_and_leftovers_removed_where_it_can_be_written(reads):
+    shades("pictures", 0), Path("pictures/000.png").write_bytes(b"BM"), (gone := subprocess.Popen(["true"])).wait()
+    for i in range(1, 20, 2):
+        Path(f"pictures/{i:03d}.png").write_bytes(b"")
+    with common.replacing(Path("data/decoded/x.npy")) as alive:
+        dead = alive.with_name(alive.name.replace(f"-{os.getpid()}", f"-{gone.pid}"))
+        elsewhere = dead.with_name(dead.name.replace(platform.node(), "elsewhere"))
+        alive.touch(), dead.touch(), elsewhere.touch()
+        ten = r"cannot read pictures/000\.png: [^;]*(; cannot [^;]*){8}; cannot .*/017\.png: [^;]* \(11 of 20 images\)"
+        refused(ten, common.load_dataset, "pictures")
+        assert len(reads) == 20 and {*Path("data/decoded").iterdir()} == {alive, elsewhere}
+    shutil.rmtree("data/decoded"), Path("data/decoded").symlink_to("nowhere")
+    refused("cannot write data/decoded/pictures-32-.*: File exists", common.load_dataset, "pictures")
+    assert len(reads) == 20
 
 
 def test_batches_cover_shuffle_flip_and_scale_and_go_back_to_uint8():
