@@ -624,7 +624,7 @@ def decode_images(splits: list[list[Path]], size: int, data_dir: Path, known: st
 
     files = [file for split in splits for file in split]
     top = Path(os.path.commonpath([file.parent for file in files])).resolve()
-    key = hashlib.sha256(repr((known, size, crop, "v3")).encode()).hexdigest()[:16]  # v3: of read_image
+    key = hashlib.sha256(repr((known, crop, "v3")).encode()).hexdigest()[:16]  # v3: of read_image
     cache = data_dir / "decoded" / f"{top.name[:40]}-{size}-{key}.npy"
     if not cache.exists():
         with replacing(cache) as temporary, ThreadPoolExecutor() as pool:
