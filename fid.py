@@ -517,11 +517,13 @@ def save_grids(folder: Path, images: dict[str, Tensor], inputs: Tensor, pairs: T
     pairs [2,N]."""
     from torchvision.utils import save_image
 
-    rows = zip(inputs[:48].cpu().split(12), images["reconstruction"][:48].split(12), strict=True)
+    columns = min(12, len(inputs))
+    shown = min(48, len(inputs)) // columns * columns  # whole rows, so that each input stands above its own
+    rows = zip(inputs[:shown].cpu().split(columns), images["reconstruction"][:shown].split(columns), strict=True)
     a, b = images["reconstruction"][pairs[:, :32]]
     interpolations = torch.stack([a, images["interpolation"][:32], b, torch.full_like(a, 255)], 1)
     grids = {
-        "reconstructions.png": (torch.cat([part for row in rows for part in row]), 12),
+        "reconstructions.png": (torch.cat([part for row in rows for part in row]), columns),
         "samples.png": (images["sample"][:96], 12),
         "interpolations.png": (interpolations.flatten(0, 1), 16),
     }

