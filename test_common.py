@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import platform
-import random
 import re
 import shlex
 import shutil
@@ -90,12 +89,15 @@ def test_sigma_points_are_equation_5_with_the_moments_of_the_posterior(kappa):
 
 
 def test_samplers_take_the_longest_columns_and_follow_their_generator():
-    L = torch.tensor([[[1.0, 0.0], [3.0, 0.1]], [[0.1, 0.0], [0.1, 2.0]]])  # rows and the first diagonal say otherwise
-    steps = common.sample_sigma_points(torch.zeros(2, 2), L, 2, "largest") / math.sqrt(2.5)
-    close(steps, [[[1, 3], [-1, -3]], [[0, 2], [0, -2]]], 1e-6)
+    L = torch.tensor([[[2.5, 0, 0], [2.5, 3, 0], [0, 0, 3.4]], [[1, 0, 0], [1, 2, 0], [1, 0, 1.5]]])
+    steps = common.sample_sigma_points(torch.zeros(2, 3), L, 2, "largest") / math.sqrt(3.5)
+    close(steps[:, 0], [[2.5, 2.5, 0], [0, 2, 0]], 1e-6)  # L_ii, rows of L and sums of |L_ij| are largest elsewhere
+    close(steps[:, 1], -steps[:, 0])
     given = torch.randn(5, 4), torch.rand(5, 4)
-    for draw in (common.sample_gaussian, common.sample_sigma_points):
-        a, b, c = (draw(*given, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    for draw, *heuristic in (
+        (common.sample_gaussian,), (common.sample_sigma_points, "random"), (common.sample_sigma_points, "pairs")
+    ):  # fmt: skip
+        a, b, c = (draw(*given, 3, *heuristic, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
         assert torch.equal(a, b) and not torch.equal(a, c)
     assert common.sample_sigma_points(given[0].bfloat16(), given[1], 3).dtype == torch.float32  # as under autocast
     for k in (0, 10):
@@ -122,6 +124,9 @@ def test_slerp_goes_along_the_sphere():
         close((between * b).sum(-1), torch.cos((1 - t) * angle))
     for parallel in (a, 2 * a, -a):
         close(common.slerp(a, parallel), (a + parallel) / 2, 1e-6)
+    x, y = torch.tensor([3.0, 0]), torch.tensor([0, 2.0])  # of unequal length, a right angle between them
+    close(common.slerp(x, y), [3 / math.sqrt(2), 2 / math.sqrt(2)], 1e-6)
+    close(common.slerp(x, y, 1 / 3), [3 * math.sqrt(3) / 2, 2 / 2], 1e-6)
 
 
 def lively(net):
@@ -720,7 +725,7 @@ def loaded(folder, name="last.pt"):
 
 def record(folder):
     """All that is known of a run's training: the columns of metrics.csv, last.pt and best.pt."""
-    table = np.genfromtxt(the_one(folder) / "metrics.csv", delimiter=",", names=True, ndmin=1)
+    table = np.genfromtxt(the_one(folder) / "metrics.csv", delimiter=",", names=True, ndmin=1, filling_values=-1)
     rows = {name: table[name].tolist() for name in table.dtype.names}
     return [plain(part) for part in (rows, loaded(folder), loaded(folder, "best.pt"))]
 
@@ -1201,10 +1206,9 @@ def test_a_finished_run_is_measured_again(finished, capsys):
     with mock.patch.object(fid, "save_grids", side_effect=ZeroDivisionError), contextlib.suppress(ZeroDivisionError):
         train("--resume", "--fid", "a")  # what draws loses no result
     first = json.loads((finished / "results.json").read_text())
-    second = train("--resume", "--fid", "b", "--fid-method", "eigh")
+    second = train("--resume", "--fid", "b")
     assert list(second["distances"]) == ["a", "b"] and second["distances"]["a"] == first["distances"]["a"]
     printed = capsys.readouterr().out
-    assert second["distances"]["b"]["method"] == "eigh" and "FD-Small sample" in printed
     assert printed.count(": a new run\n") == 1 and printed.count(": goes on after epoch 3\n") == 2
     assert second["args"]["device"] == "cpu"  # for auto
     for change, kept in (({"validation_mse": 0.5}, ["a", "b", "c"]), ({"best_validation_loss": 0.5}, ["d"])):
@@ -1217,60 +1221,91 @@ def test_a_finished_run_is_measured_again(finished, capsys):
 
 def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
     loss, batches, seeds, shuffles, stream = uae.loss, common.epoch_batches, [], [], harness.stream_seed
+    seen = {"train": [], "val": []}
 
     def spy(encoder, decoder, x, args):
         seeds.append(({encoder.training, decoder.training, torch.is_grad_enabled()}, torch.initial_seed(), len(x)))
-        return loss(encoder, decoder, x, args)
+        parts = loss(encoder, decoder, x, args)
+        seen["train" if encoder.training else "val"].append((common.to_uint8(x), parts["loss"].item()))
+        return parts
 
     monkeypatch.setitem(common.DEFAULTS["digits"], "flip", True)
-    train("--seed", "3", "--schedule", "plateau")
+    train("--seed", "3", "--lr", "0.02")
     monkeypatch.setattr(uae, "loss", spy)
     monkeypatch.setattr(harness, "epoch_batches", lambda *a: shuffles.append(a[2:]) or batches(*a))
-    step, losses = (plateau := torch.optim.lr_scheduler.ReduceLROnPlateau).step, []
-    monkeypatch.setattr(plateau, "step", lambda scheduler, value: losses.append(value) or step(scheduler, value))
-    train("--seed", "3", "--schedule", "plateau", "--out", "watched", "--fid", "a", "b")
-    assert record("watched") == record("runs") and losses == record("runs")[0]["val_loss"]
+    step, losses = harness.Linear.step, []
+    monkeypatch.setattr(harness.Linear, "step", lambda *a: losses.append(a[1:]) or step(*a))
+    train("--seed", "3", "--lr", "0.02", "--out", "watched", "--fid", "a", "b")
+    rows = record("watched")[0]
+    assert record("watched") == record("runs") and losses[1:] == [(loss,) for loss in rows["val_loss"]]
+    assert rows["lr"] == pytest.approx([0.02, 0.02, 0.02 / 1.8])  # the one that was used
     validation, expected = [({False}, stream(3, "validation"), size) for size in (8, 2)], []  # alike in every epoch
     for epoch in range(3):
         expected += [({True}, stream(3, "noise", 0, epoch), 8)] * 3 + validation
     assert seeds[2:] == expected  # after the check of the nets
+    data, symmetric = common.load_dataset("digits"), lambda images: {str((x + x.flip(-1)).tolist()) for x in images}
+    for part, images, steps in (("train", data.train[:24], 3), ("val", data.val[:10], 2)):
+        for epoch, mean in enumerate(rows[f"{part}_loss"]):
+            shown = seen[part][1 + steps * epoch :][:steps]
+            assert symmetric(torch.cat([x for x, _ in shown])) == symmetric(images)  # each once, mirrored or not
+            assert mean == pytest.approx(sum(len(x) * loss for x, loss in shown) / len(images), rel=1e-6)
     assert shuffles == [(stream(3, "shuffle", 0, epoch), True) for epoch in range(3)]
     assert harness.start(uae.arguments(["--seed", "3"])) and torch.initial_seed() == stream(3, "weights")
     every = [(s, p, r, e) for s in (0, 1) for p in harness.STREAMS for r in (0, 1) for e in (0, 1)]
     assert len({stream(*each) for each in every}) == len(every) == 8 * 6
 
 
-@pytest.mark.parametrize(
-    ("schedule", "rates", "moments"),
-    [("linear", [1] * 7 + [left / 9 for left in range(8, 0, -1)], [("step", 14), ("metrics.csv", 2)]),  # S = 6
-     ("plateau", [1] * 8 + [1 / 2] * 5 + [1 / 4] * 2, [("best.pt", 3), ("last.pt", 6), ("last.pt", 1)])],
-)  # fmt: skip
-def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(schedule, rates, moments, monkeypatch, capsys):
-    """In the middle of an epoch and right before a file of a checkpoint is replaced; by the printed command. The losses
-    are best in epoch 3, by very little, and then never again."""
-    replace, log, means = os.replace, harness.Run.log, harness.Run.means
-    losses = [3.0, 1.0, *[1 - 1e-9] * 2, *[2.0] * 11]
-    monkeypatch.setattr(harness.Run, "means", lambda run: means(run) | {"loss": losses[run.epoch]})
-    flags = ["--schedule", schedule, "--epochs", "15", "--limit-train", "8"]  # a step an epoch, and 2 of validation
-    assert train(*flags, "--out", "whole")["best_epoch"] == 3
-    assert record("whole")[0]["lr"] == pytest.approx([0.005 * rate for rate in rates])
-    for what, count in moments:
-        left, out = {what: count}, f"it's {what} {count}; $HOME"
+def test_learning_rates():
+    """The losses are best in epoch 3, by very little, and then never again."""
+    linear, plateau = [1] * 7 + [left / 9 for left in range(8, 0, -1)], [1] * 8 + [1 / 2] * 5 + [1 / 4] * 2  # S = 6
+    for schedule, rates in (("linear", linear), ("plateau", plateau)):
+        optimizer, found = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3), []
+        scheduler = harness.learning_rate(optimizer, Namespace(schedule=schedule, epochs=15))
+        for loss in [3.0, 1.0, *[1 - 1e-9] * 2, *[2.0] * 11]:
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step(), scheduler.step(loss)
+        assert found == pytest.approx([0.3 * rate for rate in rates])
 
-        def stop(now, left=left):
-            left[now] = left.get(now, 0) - 1
-            if left[now] == 0:
-                raise SystemExit("as a power cut: nothing of ours catches it")
 
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(harness.Run, "log", lambda run, *parts, stop=stop: stop("step") or log(run, *parts))
-            patch.setattr(os, "replace", lambda a, b, stop=stop: stop(Path(b).name) or replace(a, b))
-            train(*flags, "--out", out)
-        printed = re.findall(r"goes on by: python uae.py (.*)\n.*\nuae.py on cpu, fp32, in", capsys.readouterr().out)
-        assert len(printed) == (count > 1) and not list(Path(out).glob("*/.tmp*"))
-        train(*(shlex.split(printed[0])[len(SMALL) :] if printed else [*flags, "--out", out, "--resume"]))
-        assert record(out) == record("whole")
+def test_best_pt_is_of_the_best_epoch_and_a_kill_before_any_file_loses_nothing(monkeypatch, capsys):
+    """Epochs of a net of two weights, stopped before each replacement of a file, and gone on with."""
+    losses, replace, written, stop, weights = [1.0, 0.5, 2.0, 1.5], os.replace, [], -1, []
+
+    def stopping(temporary, file):
+        written.append(file.name)
+        if len(written) == stop:
+            raise SystemExit
+        replace(temporary, file)
+
+    def epochs(out):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"encoder": nn.Linear(1, 1, bias=False), "decoder": nn.Linear(1, 1, bias=False)})
+        args = uae.arguments(shlex.split(f"--epochs 4 --schedule plateau --fid none --resume --out {out}"))
+        args.images, optimizer = [3, 2, 1], torch.optim.Adam(model.parameters(), lr=0.1)
+        scheduler = harness.learning_rate(optimizer, args)
+        run = harness.Run(args, model, optimizer, scheduler, common.Dataset(*[torch.zeros(3, 1, 1, 1).byte()] * 3))
+        for loss in losses[run.epoch :]:
+            optimizer.zero_grad(), sum(p.square().sum() for p in model.parameters()).backward(), optimizer.step()
+            weights.append(plain(model.state_dict()))
+            scheduler.step(loss)
+            part = "rec" if run.epoch < 2 else "new"  # a copy's loss may get and lose parts
+            run.end_epoch(0.1, {"loss": -loss, part: 7.0}, {"loss": loss, part: 8.0})
+
+    monkeypatch.setattr(os, "replace", stopping), monkeypatch.setattr(os, "fsync", lambda file: None)
+    epochs("whole")
+    rows, last, best = record("whole")
+    assert (rows["val_rec"], rows["train_new"]) == ([8, 8, -1, -1], [-1, -1, 7, 7])
+    assert (best["epoch"], best["loss"], best["model"]) == (2, 0.5, weights[1]) and weights[1] != weights[3]
+    assert (last["epoch"], last["loss"], last["model"]) == (4, 0.5, weights[3])
+    assert "epoch 2/4  train -0.50000  validation 0.50000  lr 0.1  " in capsys.readouterr().out
+    for stop in range(1, len(written) + 1):
+        written.clear()
+        with pytest.raises(SystemExit):
+            epochs(f"stopped{stop}")
+        epochs(f"stopped{stop}")
+        assert record(f"stopped{stop}") == record("whole")
+    fid.save_curves(Namespace(history=loaded("whole")["history"], args=Namespace(schedule="linear"), dir=Path()))
+    assert Image.open("curves.png").width == 2 * 320
 
 
 def test_a_resume_refuses_what_would_be_another_run(finished):
@@ -1361,44 +1396,32 @@ def test_the_evaluation_encodes_fewer_images_at_once_where_covariances_are_full(
     assert results.get("collapsed_dimensions") == (2 if scale else None)
 
 
-def test_a_copys_loss_may_get_and_lose_parts_before_a_resume(finished, monkeypatch):
-    last, loss = loaded("runs"), uae.loss
-    torch.save(last | {"epoch": 2, "history": last["history"][:2]}, finished / "last.pt")
-    monkeypatch.setattr(uae, "loss", lambda *arguments: {"loss": loss(*arguments)["loss"], "new": torch.ones(())})
-    train("--resume")
-    rows, nan = record("runs")[0], math.nan
-    assert np.array_equal(rows["val_new"], [nan, nan, 1], equal_nan=True)
-    assert np.array_equal(rows["val_rec"], [*(row["val_rec"] for row in last["history"][:2]), nan], equal_nan=True)
-    fid.save_curves(Namespace(history=loaded("runs")["history"], args=Namespace(schedule="linear"), dir=finished))
-    assert Image.open(finished / "curves.png").width == 2 * 320
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_losses_are_means_over_images_and_finite(bad):
+    run = Namespace(epoch=1, dir=Path("runs/x"), logged=[])
+    log = lambda images, a, b: harness.Run.log(run, {"loss": torch.tensor(a), "rec": torch.tensor(b)}, images)  # noqa: E731
+    for _ in range(2):  # of what was logged since the last call
+        log(8, 1.0, 4.0), log(8, 3.0, 2.0), log(2, 10.0, 0.0)  # the last batch is short
+        assert harness.Run.means(run) == pytest.approx({"loss": 52 / 18, "rec": 48 / 18}, rel=1e-12)
+    log(8, 1.0, 1.0), log(8, 2.0, bad), log(2, math.nan, math.nan)
+    words = rf"not finite in epoch 2, step 2 \(loss 2, rec {bad}\): lower --lr; runs/x/last\.pt is the last good"
+    refused(words, harness.Run.means, run)
 
 
-def test_nan_is_a_line_with_epoch_step_and_parts(monkeypatch):
-    loss, left = uae.loss, [2 + 3 + 2 + 2]  # the check of the nets, epoch 1, its validation, epoch 2's second step
-
-    def broken(*arguments):
-        left[0] -= 1
-        return {name: part * (torch.nan if left[0] == 0 else 1) for name, part in loss(*arguments).items()}
-
-    monkeypatch.setattr(uae, "loss", broken)
-    refused(r"not finite in epoch 2, step 2 \(loss nan, rec nan, .*last\.pt is the last good", train)
-    assert loaded("runs")["epoch"] == 1 and all(weight.isfinite().all() for weight in loaded("runs")["model"].values())
-
-
-def test_a_failing_write_keeps_the_old_file(finished, monkeypatch):
-    before, fsync, synced = {file.name: file.read_bytes() for file in finished.iterdir()}, mock.Mock(), []
-    fsync.side_effect = OSError(28, "No space left on device")
+def test_a_failing_write_keeps_the_old_file(monkeypatch):
+    file, fsync, synced = Path("run/args.json"), mock.Mock(side_effect=OSError(28, "No space left on device")), []
+    with common.replacing(file) as temporary:
+        temporary.write_text("old")
     monkeypatch.setattr(os, "fsync", fsync)
-    refused(r"cannot write runs/.*mixture\.npz: No space left on device$", train, "--resume")
-    fsync.side_effect = lambda file: synced.append(os.fstat(file).st_size)
-    with pytest.raises(ValueError, match="a bug"), common.replacing(finished / "args.json") as temporary:
+    refused(r"cannot write run/args\.json: No space left on device$", harness.write_csv, file, [{"a": 1}])
+    with pytest.raises(ValueError, match="a bug"), common.replacing(file) as temporary:
         temporary.write_text("half")
         raise ValueError("a bug")
-    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
-    with common.replacing(finished / "args.json") as temporary:
+    fsync.side_effect = lambda file: synced.append(os.fstat(file).st_size)
+    with common.replacing(file) as temporary:
         temporary.write_text("whole")
-        assert (finished / "args.json").read_bytes() == before["args.json"]
-    assert (finished / "args.json").read_text() == "whole" and synced == [5] and not temporary.exists()
+        assert file.read_text() == "old"
+    assert file.read_text() == "whole" and synced == [5] and the_one("run") == file
 
 
 @pytest.mark.parametrize(
@@ -1526,7 +1549,7 @@ def forked(*flags):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         harness.cli(lambda: uae.main([*SMALL, *flags]))
 
-    rows = lambda: sum(len(file.read_text().splitlines()) for file in Path("runs").glob("*/metrics.csv"))  # noqa: E731
+    rows = lambda: sum(len(file.read_text().splitlines()) for file in Path().glob("*/*/metrics.csv"))  # noqa: E731
     before, process = rows(), multiprocessing.get_context("fork").Process(target=child)
     process.start()
     while rows() <= before:
@@ -1537,24 +1560,24 @@ def forked(*flags):
     process.kill()
 
 
-def test_a_run_is_one_processs_own_and_whole_after_ctrl_c_and_kills(capsys):
-    """At random moments, the first of them within a write."""
-    half_written = 0
-    for moment in (0.03, random.uniform(0.1, 0.3), random.uniform(0.1, 0.3)):
-        with forked("--epochs", "7", "--resume") as run:
-            time.sleep(moment)
-            run.kill()
-        assert run.exitcode == -signal.SIGKILL
-        half_written += len(list(Path("runs").glob("*/.tmp-*")))
-    with forked("--epochs", "7", "--resume") as run:
-        refused(r"runs/uae-.*/ is in use by another process", train, "--epochs", "7", "--resume")
+def test_a_run_is_one_processs_own_and_whole_after_kills_and_ctrl_c(capsys):
+    """Killed within a write, interrupted, and gone on with by the command that it prints."""
+    flags = ["--epochs", "7", "--out", "it's; $HOME", "--resume"]
+    with forked(*flags) as run:
+        while not list(Path().glob("*/*/.tmp-*")):
+            time.sleep(0.001)
+        run.kill()
+    assert run.exitcode == -signal.SIGKILL and list(Path().glob("*/*/.tmp-*"))
+    with forked(*flags) as run:
+        refused(r"HOME/uae-.*/ is in use by another process", train, *flags)
         os.kill(run.pid, signal.SIGINT)
-    assert run.exitcode == 130 and "Traceback" not in Path("log.txt").read_text() and half_written
+    printed = re.findall("goes on by: python uae.py (.*)", log := Path("log.txt").read_text())
+    assert run.exitcode == 130 and "Traceback" not in log and log.count("a new run\n") == 1 and len(printed) == 2
     with mock.patch("fcntl.flock", side_effect=OSError(38, "not implemented")), harness.locked(Path(".lock")):
         assert "./ cannot be locked (not implemented): start no second" in capsys.readouterr().err
-    train("--epochs", "7", "--resume")
+    train(*shlex.split(printed[0])[len(SMALL) :])
     train("--epochs", "7", "--out", "whole")
-    assert record("runs") == record("whole") and not list(Path("runs").glob("*/.tmp-*"))
+    assert record("it's; $HOME") == record("whole") and not list(Path().glob("*/*/.tmp-*"))
 
 
 def gradients(script):
@@ -1566,6 +1589,17 @@ def gradients(script):
         script.loss(*model.values(), x.double(), args)["loss"].backward()
     harness.average_gradients(model)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_validation_waits_for_no_other_rank(monkeypatch):
+    """Ranks have unequal numbers of its batches. Here is no process group: what asks for another rank raises."""
+    monkeypatch.setattr(common, "WORLD_SIZE", 2)
+    for script in SCRIPTS.values():
+        nets, x = script.nets(args := script.arguments(SMALL)), torch.zeros(3, 1, 32, 32)
+        with torch.no_grad():
+            script.loss(*nets, x, args)
+    with pytest.raises(ValueError, match="process group"):
+        wae_mmd.loss(*nets, x, args)
 
 
 def measured_by_a_rank():
@@ -1666,6 +1700,9 @@ def test_fid_compares_folders_arrays_and_statistics(finished, monkeypatch, capsy
     assert "(an .npz does not name its features)" in capsys.readouterr().out
     np.save("dark.npy", grey // 9), measure("dark.npy", "a")
     assert "note: dark.npy: all images are from 0 to 28 of 255\n" in capsys.readouterr().err
+    np.savez("one.npz", mu=np.ones(8), sigma=np.eye(8)), np.savez("minus.npz", mu=np.zeros(8), sigma=-np.eye(8))
+    refused("sqrtm failed", fid.main, ["one.npz", "minus.npz"])
+    assert fid.main(["one.npz", "minus.npz", "--fid-method", "eigh"]) == 8
     Path("nothing").mkdir(), np.savez("odd.npz", one=grey, two=grey), np.save("float.npy", grey / 255)
     np.savez("text.npz", mu=["a"], sigma=[["b"]]), np.savez("void.npz")
     for flags, message in (
