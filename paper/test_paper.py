@@ -110,12 +110,30 @@ def test_gradient_noise_of_a_linear_decoder_is_that_by_hand():
     assert abs(noise["samples_cv"] - expected) < 0.15 * expected
 
 
+class Squares(nn.Linear):
+    def forward(self, z):
+        return super().forward(z.square()).view(-1, 1, 1, 1)
+
+
+def test_gradient_noise_is_of_the_radius_that_is_asked_for(monkeypatch):
+    """Of D(z) = w z² a pair's mean image is w (μ² + (κ + 1) σ²), that of samples w (μ² + σ²)."""
+    monkeypatch.setattr(gradient_noise, "SAMPLES", 500)
+    encoder, x = constant(torch.ones(50, 1), torch.full((50, 1), 0.5)), torch.zeros(50, 1, 1, 1)
+    for kappa in (0, 3):
+        noise = gradient_noise.gradient_noise(encoder, Squares(1, 1, bias=False), x, kappa)
+        assert noise["image_bias"] == pytest.approx(kappa * 0.5**2 / (1 + 0.5**2), abs=0.05)
+
+
 def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     monkeypatch.setattr(gradient_noise, "PAIRS", 4)
     monkeypatch.setattr(gradient_noise, "SAMPLES", 6)
     trained, prepare = [], harness.prepare
     monkeypatch.setattr(harness, "prepare", lambda *a: trained.append(prepare(*a)) or trained[-1])
-    argv = [*TINY, "--epochs", "2"]
+    monkeypatch.setitem(common.DEFAULTS["digits"], "flip", True)
+    losses, step, kappas, noise = [], harness.Linear.step, set(), gradient_noise.gradient_noise
+    monkeypatch.setattr(harness.Linear, "step", lambda *a: losses.extend(a[1:]) or step(*a))
+    monkeypatch.setattr(gradient_noise, "gradient_noise", lambda *a: kappas.add(a[3]) or noise(*a))
+    argv = [*TINY, "--epochs", "2", "--kappa", "2", "--limit-eval", "45"]  # of validation a batch of 32 and one of 13
     ut_vae.main([*argv, "--k", "2", "--sigma-points", "pairs", "--fid", "none"])
     measured = gradient_noise.main([*argv, "--seeds", "0", "1"])
     (folder,), (run,) = Path("runs").glob("gradient_noise-*"), Path("runs").glob("ut_vae-*")
@@ -126,9 +144,11 @@ def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
     assert np.asarray(Image.open(folder / "gradient_noise.png")).std() > 1
     last = torch.load(run / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(trained[1].state_dict()[name], value) for name, value in last.items())  # the same training
+    assert losses[2:4] == pytest.approx(losses[:2], rel=1e-6) and len(losses) == 6 and kappas == {2}
     for flag, why in (
         ("--seed=1", "give --seeds"), ("--resume", "new trainings"), ("--k=8", "K = 2"), ("--epochs=0", "1 or m"),
-        ("--epochs=2", "is there: remov"),
+        ("--epochs=2", "is there: remov"), ("--sigma-points=largest", "K = 2"), ("--fid=lite0", "no images"),
+        ("--fid-method=eigh", "no images"), ("--save-images", "no images"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=why):
             gradient_noise.main([*argv, flag])

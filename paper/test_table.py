@@ -20,10 +20,12 @@ def _alone(tmp_path, monkeypatch):
 
 
 def fake_run(
-    folder, model="UAE 8x largest", seed=0, value=1.0, data="cifar10", features=("FID", "inception-tf"), **args
-):
+    folder, model="UAE 8x largest", seed=0, value=1.0, data="cifar10", features=("FID", "inception-tf"),
+    how=("1", "sqrtm"), **args,
+):  # fmt: skip
     """A run's folder as far as the table reads it."""
-    distances = {"reconstruction": 2 * value, "sample": value, "interpolation": 3.0, "hash": "1", "method": "sqrtm"}
+    distances = {"reconstruction": 2 * value, "sample": value, "interpolation": 3.0}
+    distances |= dict(zip(("hash", "method"), how, strict=True))
     metrics = {name: {"metric": metric} | distances for metric, name in zip(features[::2], features[1::2], strict=True)}
     content = {"model": model, "data": data, "images": {"test": 10000}, "validation_mse": value / 100}
     content |= {"distances": metrics, "args": {"seed": seed, "epochs": 100, "out": str(folder)} | args}
@@ -67,6 +69,48 @@ def test_a_sweep_has_a_row_for_each_value(capsys):
     assert [row[3] for row in rows] == ["2", "1", "1"]
     fake_run("runs/more", seed=1, latent_dim=32, images=[1, 2, 4])  # its images have changed
     assert "| UAE 8x largest, images 1 2 4, latent-dim 32 |" in "\n".join(printed(capsys, "runs"))
+
+
+SETTINGS = {
+    "epochs": 9, "schedule": "linear", "lr": 0.1, "batch_size": 9, "latent_dim": 9, "width": 0.5, "image_size": 64,
+    "precision": "bf16", "limit_train": 9, "limit_eval": 9, "beta": 9.0, "kappa": 3.0, "images": [1, 2, 9], "ranks": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_runs_of_another_setting_are_not_averaged(name, capsys):
+    """Not of one model; and other models do not look alike if the setting is one that they should share."""
+    first, shown = dict.fromkeys(SETTINGS, 7), " ".join(map(str, [SETTINGS[name]])).strip("[]").replace(",", "")
+    for seed, (value, settings) in enumerate([(1, first), (3, first), (50, first | {name: SETTINGS[name]})]):
+        fake_run(f"runs/{seed}", seed=seed, value=value, **settings)
+    flag = name.replace("_", "-")
+    rows = [line.strip("| ").split(" | ") for line in printed(capsys, "runs")[4:]]
+    cells = {row[0].removeprefix("UAE 8x largest, "): (row[1].split(" / ")[1], row[3]) for row in rows}
+    assert cells == {f"{flag} 7": ("2.00 ± 1.41", "2"), f"{flag} {shown}": ("50.00", "1")}
+    shutil.rmtree("runs/2")
+    fake_run("runs/other", model="VAE 8x", **first | {name: SETTINGS[name]})
+    title, *_, other, one = printed(capsys, "runs")
+    assert (flag in other and flag in one and flag not in title) == (name in table.SHARED)
+
+
+@pytest.mark.parametrize(
+    ("how", "features", "row"),
+    [(("2", "sqrtm"), "inception-tf", ("fid inception-tf 1 sqrtm", "fid inception-tf 2 sqrtm")),  # other weights
+     (("1", "eigh"), "inception-tf", ("fid inception-tf 1 sqrtm", "fid inception-tf 1 eigh")),
+     (("1", "sqrtm"), "lite0@64", ("fid inception-tf 1 sqrtm", "fid lite0@64 1 sqrtm"))],
+)  # fmt: skip
+def test_distances_that_were_measured_otherwise_are_not_averaged(how, features, row, capsys):
+    fake_run("runs/a", seed=0)
+    fake_run("runs/b", seed=1, value=50, how=how, features=("FID", features))
+    names = [line.strip("| ").split(" | ")[0] for line in printed(capsys, "runs")[4:]]
+    assert sorted(names) == sorted(f"UAE 8x largest, {each}" for each in row)
+
+
+def test_what_a_run_does_not_depend_on_makes_no_row(capsys):
+    same = {name: [f"{name} {seed}" for seed in (0, 1)] for name in sorted(table.IGNORED - {"seed"})}
+    for seed, value in enumerate((1.0, 3.0)):
+        fake_run(f"runs/{seed}", seed=seed, value=value, **{name: values[seed] for name, values in same.items()})
+    assert [line for line in printed(capsys, "runs") if "± 1.41" in line and line.startswith("| UAE 8x largest |")]
 
 
 def test_models_that_were_not_trained_alike_do_not_look_so(capsys):
