@@ -1135,9 +1135,8 @@ def test_the_evaluation_is_appendix_a_line_by_line(capsys):
     best, features = copy.deepcopy(model).eval(), small_features("a")
     best["decoder"][0].running_mean.data = torch.tensor([0.5, -0.5, 0.2])  # in evaluation mode these are taken
     best["encoder"].weight.data += 0.1
-    args, of_training = uae.arguments(shlex.split("--seed 3 --save-images")), {"precision": "bf16", "ranks": 2}
-    args.images, args.fid_method = [600, 1013, 21], "eigh"
-    folder.mkdir()
+    args, of_training = uae.arguments(["--seed=3", "--save-images"]), {"precision": "bf16", "ranks": 2}
+    args.images, args.fid_method, _ = [600, 1013, 21], "eigh", folder.mkdir()
     torch.save({"model": best.state_dict(), "epoch": 2, "loss": 0.25, "args": of_training}, folder / "best.pt")
     run = Namespace(args=args, data=data, model=model, dir=folder, device="cpu", history=[])
     results, mixture_seed = fid.evaluate(run, data, [features]), harness.stream_seed(3, "mixture")
@@ -1158,12 +1157,11 @@ def test_the_evaluation_is_appendix_a_line_by_line(capsys):
     moments = {kind: (x.mean(0), np.cov(x, rowvar=False)) for kind, x in outputs.items()}
     expected = {kind: fid.frechet_distance(*moments[kind], *moments["test"]) for kind in images}
     assert all(abs(a / b - 1) > 0.05 for a, b in itertools.combinations(expected.values(), 2))
-    found = results["distances"]["a"]
+    how, found = {"hash": features.hash, "size": 8, "method": "eigh", "images": counts}, results["distances"]["a"]
+    assert found.items() >= how.items()
     for kind, value in expected.items():
         assert found[kind] == pytest.approx(value, rel=1e-3)
         assert f"FD-Small {kind} {found[kind]:.3f} {counts[kind]} images against 21 test images, a" in printed
-    how = {"metric": "FD-Small", "hash": features.hash, "size": 8, "method": "eigh", "images": counts}
-    assert found.items() >= how.items()
     refused("method 'newton'", fid.distances, [features], images, data.test, "newton")  # it is what is computed by
     error, variance = images["reconstruction"].double() - data.val, scale[:1000].square().mean(0)
     assert results["validation_mse"] == pytest.approx(error.div(127.5).square().mean().item(), rel=1e-4)
@@ -1225,13 +1223,11 @@ def test_a_finished_run_is_measured_again(finished, capsys):
 
 
 def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
-    loss, batches, seeds, shuffles, stream = uae.loss, common.epoch_batches, [], [], harness.stream_seed
-    seen = {"train": [], "val": []}
+    loss, batches, steps, shuffles, stream = uae.loss, common.epoch_batches, [], [], harness.stream_seed
 
     def spy(encoder, decoder, x, args):
-        seeds.append(({encoder.training, decoder.training, torch.is_grad_enabled()}, torch.initial_seed(), len(x)))
-        parts = loss(encoder, decoder, x, args)
-        seen["train" if encoder.training else "val"].append((common.to_uint8(x), parts["loss"].item()))
+        modes, parts = {encoder.training, decoder.training, torch.is_grad_enabled()}, loss(encoder, decoder, x, args)
+        steps.append((modes, torch.initial_seed(), common.to_uint8(x), parts["loss"].item()))
         return parts
 
     monkeypatch.setitem(common.DEFAULTS["digits"], "flip", True)
@@ -1244,16 +1240,18 @@ def test_seeds_of_each_epoch_whatever_is_measured(monkeypatch):
     rows = record("watched")[0]
     assert record("watched") == record("runs") and losses[1:] == [(loss,) for loss in rows["val_loss"]]
     assert rows["lr"] == pytest.approx([0.02, 0.02, 0.02 / 1.8])  # the one that was used
-    validation, expected = [({False}, stream(3, "validation"), size) for size in (8, 2)], []  # alike in every epoch
-    for epoch in range(3):
-        expected += [({True}, stream(3, "noise", 0, epoch), 8)] * 3 + validation
-    assert seeds[2:] == expected  # after the check of the nets
     data, symmetric = common.load_dataset("digits"), lambda images: {str((x + x.flip(-1)).tolist()) for x in images}
-    for part, images, steps in (("train", data.train[:24], 3), ("val", data.val[:10], 2)):
-        for epoch, mean in enumerate(rows[f"{part}_loss"]):
-            shown = seen[part][1 + steps * epoch :][:steps]
-            assert symmetric(torch.cat([x for x, _ in shown])) == symmetric(images)  # each once, mirrored or not
-            assert mean == pytest.approx(sum(len(x) * loss for x, loss in shown) / len(images), rel=1e-6)
+    for epoch, i in enumerate((2, 7, 12)):  # after the check of the nets
+        training, noise = ("train", data.train[:24], [8, 8, 8], {True}), stream(3, "noise", 0, epoch)
+        validation = "val", data.val[:10], [8, 2], {False}
+        for (part, images, sizes, modes), seed, found in (
+            (training, noise, steps[i : i + 3]), (validation, stream(3, "validation"), steps[i + 3 : i + 5])
+        ):  # fmt: skip
+            assert [(each[0], each[1], len(each[2])) for each in found] == [(modes, seed, size) for size in sizes]
+            assert symmetric(torch.cat([x for *_, x, _ in found])) == symmetric(images)  # each once, mirrored or not
+            mean = sum(len(x) * loss for *_, x, loss in found) / len(images)
+            assert rows[f"{part}_loss"][epoch] == pytest.approx(mean, rel=1e-6)
+    assert len(steps) == 17
     assert shuffles == [(stream(3, "shuffle", 0, epoch), True) for epoch in range(3)]
     assert harness.start(uae.arguments(["--seed", "3"])) and torch.initial_seed() == stream(3, "weights")
     every = [(s, p, r, e) for s in (0, 1) for p in harness.STREAMS for r in (0, 1) for e in (0, 1)]
@@ -1299,9 +1297,8 @@ def test_best_pt_is_of_the_best_epoch_and_a_stop_before_any_file_loses_nothing(m
     monkeypatch.setattr(os, "replace", stopping), monkeypatch.setattr(os, "fsync", lambda file: None)
     flags = ["--epochs", "4", "--schedule", "plateau", "--fid", "none", "--out"]
     printed, (_, last, best) = epochs([*flags, "whole"]), record("whole")
-    for line in ("epoch 2/4  train -0.50000  validation 0.50000  lr 0.1 ", "digits: 3 training, 2 validation and 1 te",
-                 "uae.py on meta, None, in whole/uae-digits-epochs4-scheduleplateau-seed0/: a new run\n"):  # fmt: skip
-        assert line in printed
+    assert "digits: 3 training, 2 validation and 1 test images\nuae.py on meta, None, in whole/uae-" in printed
+    assert "\nepoch 2/4  train -0.50000  validation 0.50000  lr 0.1  " in printed
     assert (best["epoch"], best["loss"], best["model"]) == (2, 0.5, weights[1]) and weights[1] != weights[3]
     assert (last["epoch"], last["loss"], last["model"]) == (4, 0.5, weights[3])
     encoder, *_ = harness.load_trained(the_one("whole"), lambda args: [nn.Linear(1, 1, bias=False) for _ in range(2)])
