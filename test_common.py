@@ -1171,6 +1171,14 @@ def test_the_evaluation_is_appendix_a_line_by_line(capsys):
     known |= {"images": {"train": 600, "validation": 1013, "test": 21}, "args": vars(args) | of_training}
     known["versions"] = {module.__name__: module.__version__ for module in (torch, torchvision, scipy)}
     assert results.items() >= known.items()
+    for words in ("UAE 8x random on digits, epoch 2 (best validation loss)", "everything is in run/"):
+        assert words in printed
+    for name, row, column, shown in (
+        ("reconstructions", 1, 1, data.val), ("reconstructions", 6, 1, images["reconstruction"]),
+        ("samples", 1, 1, images["sample"]), ("interpolations", 1, 6, images["interpolation"]),
+    ):  # fmt: skip
+        picture = np.asarray(Image.open(folder / f"{name}.png"))[..., 0]
+        assert np.array_equal(picture[row : row + 4, column : column + 4], shown[0, 0]) and picture[0].min() == 255
     torch.save({"model": {}, "epoch": 2, "loss": 0.25, "args": of_training}, folder / "best.pt")
     refused(r"cannot read run/best\.pt: .*Missing key", fid.evaluate, run, data, [features])
 
@@ -1298,7 +1306,7 @@ def test_best_pt_is_of_the_best_epoch_and_a_stop_before_any_file_loses_nothing(m
     flags = ["--epochs", "4", "--schedule", "plateau", "--fid", "none", "--out"]
     printed, (_, last, best) = epochs([*flags, "whole"]), record("whole")
     assert "digits: 3 training, 2 validation and 1 test images\nuae.py on meta, None, in whole/uae-" in printed
-    assert "\nepoch 2/4  train -0.50000  validation 0.50000  lr 0.1  " in printed
+    assert "\nepoch 2/4  train -0.50000  validation 0.50000  lr 0.1  0 images/s  " in printed
     assert (best["epoch"], best["loss"], best["model"]) == (2, 0.5, weights[1]) and weights[1] != weights[3]
     assert (last["epoch"], last["loss"], last["model"]) == (4, 0.5, weights[3])
     encoder, *_ = harness.load_trained(the_one("whole"), lambda args: [nn.Linear(1, 1, bias=False) for _ in range(2)])
@@ -1307,9 +1315,11 @@ def test_best_pt_is_of_the_best_epoch_and_a_stop_before_any_file_loses_nothing(m
         written.clear()
         with pytest.raises(SystemExit):
             epochs([*flags, out := f"it's {stop}; $HOME"])
-        (again,) = re.findall("goes on by: python uae.py (.*)", capsys.readouterr().out) or ["--resume"]
+        again = re.findall(
+            "goes on by: python uae.py (.*)", capsys.readouterr().out
+        )
         (the_one(out) / ".tmp-9-last.pt").touch()  # as a killed process leaves it
-        epochs([*flags, out, "--resume"] if again == "--resume" else shlex.split(again))
+        epochs(shlex.split(again[0]) if stop > 3 else [*flags, out, "--resume"])
         assert record(out) == record("whole") and not list(the_one(out).glob(".tmp-*"))
 
 
@@ -1319,14 +1329,14 @@ def test_curves_are_the_columns_over_epochs_and_where_the_rate_was_halved(monkey
     history = [{"epoch": i + 1, "lr": lr, "train_loss": 9 - i, "val_loss": 20 - i} for i, lr in enumerate((4, 4, 2, 1))]
     for row in history[2:]:  # a copy's loss may get parts before a resume
         row |= {"train_rec": row["epoch"], "val_rec": 7}
-    for schedule, halved in (("plateau", [[3, 3], [4, 4]]), ("linear", [])):
+    for schedule, halved in (("plateau", [("learning rate halved", 3, 3), ("_child3", 4, 4)]), ("linear", [])):
         fid.save_curves(Namespace(history=history, args=Namespace(schedule=schedule), dir=Path()))
         found = {axes.get_title(): [(line.get_label(), *line.get_ydata().tolist()) for line in axes.lines[:2]]
                  for axes in figures[-1].axes}  # fmt: skip
         expected = {"loss": [("training", 9, 8, 7, 6), ("validation", 20, 19, 18, 17)]}
         expected[fid.WORDS["rec"]] = [("training", nan, nan, 3.0, 4.0), ("validation", nan, nan, 7.0, 7.0)]
         assert str(found) == str(expected) and [*figures[-1].axes[0].lines[0].get_xdata()] == [1, 2, 3, 4]
-        assert [[*line.get_xdata()] for line in figures[-1].axes[1].lines[2:]] == halved
+        assert [(line.get_label(), *line.get_xdata()) for line in figures[-1].axes[1].lines[2:]] == halved
     harness.write_csv(Path("metrics.csv"), history)
     assert Path("metrics.csv").read_text().splitlines()[::2] == [",".join(history[3]), "2,4,8,19,,", "4,1,6,17,4,7"]
 
