@@ -1315,9 +1315,7 @@ def test_best_pt_is_of_the_best_epoch_and_a_stop_before_any_file_loses_nothing(m
         written.clear()
         with pytest.raises(SystemExit):
             epochs([*flags, out := f"it's {stop}; $HOME"])
-        again = re.findall(
-            "goes on by: python uae.py (.*)", capsys.readouterr().out
-        )
+        again = re.findall("goes on by: python uae.py (.*)", capsys.readouterr().out)
         (the_one(out) / ".tmp-9-last.pt").touch()  # as a killed process leaves it
         epochs(shlex.split(again[0]) if stop > 3 else [*flags, out, "--resume"])
         assert record(out) == record("whole") and not list(the_one(out).glob(".tmp-*"))

@@ -69,6 +69,16 @@ def test_a_runs_other_figures_are_columns(capsys):
     assert row.startswith("| UAE 8x largest | 2.00 / 1.00 / 3.00 | 0.01000 | 7.0 | 0.123 | 1 | ")
 
 
+def test_rows_of_a_study_that_failed_are_named(capsys):
+    columns = "label,seed,command,FDC_reconstruction,FDC_sample,FDC_interpolation,validation_mse,mean_variance,"
+    lines = ["# --dataset digits --epochs 8", f"{columns}collapsed_dimensions,error"]
+    lines += ["VAE 1x,3,vae.py,,,,,,,exit code 2", "VAE 1x,4,vae.py,1,2,3,0.5,0.25,7,"]
+    Path("results.csv").write_text("\n".join(lines))
+    row, _, left_out = printed(capsys, "results.csv")[-3:]
+    assert row == "| VAE 1x | 1.00 / 2.00 / 3.00 | 0.50000 | 7.0 | 0.250 | 1 |"
+    assert left_out == "left out: VAE 1x, seed 3: exit code 2"
+
+
 def test_a_sweep_has_a_row_for_each_value(capsys):
     for n, seed in ((128, 0), (16, 0), (16, 1), (32, 0)):
         fake_run(f"runs/{n}-{seed}", seed=seed, value=n, latent_dim=n, images=[1, 2, 3])
