@@ -514,8 +514,7 @@ def validation_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Own images: folders and arrays, always with three channels
 
-# A split's name between separators, digits or capitals: seg_train, Testing, val2017, testB; not valley, contest
-LIKE_A_SPLIT = r"(?<![^\W\d_])((?i:train|test|val|dev))(?i:ing|id(ation)?)?(?![^\W\d_A-Z]|(?<=[A-Z])[A-Z])"
+SPLIT_WORDS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 LEVELS = 32  # of 256: in fewer lie masks of 0 and 1, or 12 of 16 bits, whose images would be black
 
 
@@ -525,6 +524,11 @@ def own_images(name: str) -> Path:
     if not path.is_dir() and not (path.suffix in (".npy", ".npz") and path.is_file()):
         raise UserError(f"--dataset {name}: neither {', '.join(DEFAULTS)} nor a folder, .npy or .npz that is there")
     return path
+
+
+def split_words(name: str) -> set[str]:
+    """Words of a folder's name that call it a split: of seg_train, Testing, val2017, testB; none of valley, contest."""
+    return SPLIT_WORDS & {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
 def read_folder(root: Path, data_dir: Path, size: int) -> tuple[dict[str, Tensor], str]:
@@ -537,7 +541,7 @@ def read_folder(root: Path, data_dir: Path, size: int) -> tuple[dict[str, Tensor
         found = "/ and ".join(splits)
         raise UserError(f"{root}/ has {found}/ alone: rename them train/ test/ (val/ to test/) or train/ val/ test/")
     for child in children:
-        like_a_split = child.is_dir() and re.search(LIKE_A_SPLIT, child.name)
+        like_a_split = child.is_dir() and split_words(child.name)
         if child.name not in splits and not child.name.startswith(".") and (splits or like_a_split):
             raise UserError(f"{child} is none of train/ val/ test/: rename or move it (it would be left out or pooled)")
     parts = [[file for file in files if file.relative_to(root).parts[0] == name] for name in splits] or [files]
@@ -560,7 +564,7 @@ def image_files(folder: Path, pool: bool = True) -> list[Path]:
     for top in folders:  # which grow meanwhile
         with explained(f"cannot list {top}/"):
             found = sorted((x.name, x.is_dir(), Path(x)) for x in os.scandir(top) if not x.name.startswith("."))
-        splits = {split[1].lower() for name, is_dir, _ in found if is_dir and (split := re.search(LIKE_A_SPLIT, name))}
+        splits = {word for name, is_dir, _ in found if is_dir for word in split_words(name)}
         if not pool and top != folder and len(splits) > 1:
             raise UserError(f"{top}/ has {' and '.join(sorted(splits))}, to be pooled: give it as --dataset, or rename")
         for name, is_dir, path in found:
@@ -580,8 +584,11 @@ def digest_files(root: Path, files: list[Path]) -> str:
     """A sha256 of names below root and bytes: sizes and times tell no data sets apart, pixels differ by processor."""
 
     def digest(file: Path) -> tuple[str, str]:
-        with explained(f"cannot read {file}"):
-            return file.relative_to(root).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()
+        found = hashlib.sha256()
+        with explained(f"cannot read {file}"), open(file, "rb") as content:
+            while block := content.read(1 << 20):
+                found.update(block)
+        return file.relative_to(root).as_posix(), found.hexdigest()
 
     with ThreadPoolExecutor() as pool:
         known = list(progress("reading images", len(files), pool.map(digest, files)))

@@ -829,7 +829,7 @@ def test_celeba_is_split_by_its_partition():
      ("Training", "pictures/Training is none"), ("cats TEST", "pictures/TEST is none"),
      ("cats validation_1", "pictures/validation_1 is none"), ("cats dev-set", "pictures/dev-set is none"),
      ("seg_train seg_pred", "pictures/seg_train is none"), ("a.val2 b", "val2 is none"), ("A testB", "testB is none"),
-     ("a/b/Training a/b/x-test", r"a/b/ has test and train, to be pooled: give it as --dataset, or rename"),
+     ("a/b/Training a/b/x-test", r"a/b/ has test and training, to be pooled: give it as --dataset, or rename"),
      ("train/a/train train/a/dev test", "pictures/train/a/ has dev and train, to be pooled"),
      ("hidden/.cache", "pictures/ has no images that PIL opens")],
 )  # fmt: skip
