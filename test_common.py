@@ -1482,7 +1482,7 @@ def test_devices_and_memory(monkeypatch):
             harness.cli(lambda: None)
         assert keep.called == kept, flags
     digits = common.load_dataset("digits")
-    monkeypatch.setattr(harness, "load_dataset", lambda *_: digits)
+    monkeypatch.setattr(harness, "load_identified", lambda *_: (digits, ""))
     monkeypatch.setattr(torch.Tensor, "to", mock.Mock(side_effect=torch.OutOfMemoryError("x")))
     refused("no room for the 0.00171 GiB of images on cpu: lower", harness.load_data, uae.arguments([]), "cpu")
     monkeypatch.setattr(harness, "WORLD_SIZE", 2)
