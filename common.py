@@ -408,7 +408,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
 
 def load_identified(name: str, data_dir: str | Path, image_size: int | None) -> tuple[Dataset, str]:
     """`load_dataset`, and the digest by which a run knows its own images again ("" of the data sets with a name)."""
-    size, data_dir, digest = image_size or DEFAULTS.get(name, OWN)["image_size"], Path(data_dir), ""
+    size = image_size or DEFAULTS.get(name, OWN)["image_size"]
+    data_dir, digest = Path(data_dir), ""
     if name in DEFAULTS:
         splits, _ = LOADERS[name](data_dir, size)
     else:
@@ -599,7 +600,8 @@ def read_image(file: Path) -> Tensor:
     """One image file as RGB uint8 [3,H,W]; transparency over white, 16-bit grey scaled. Raises UserError naming it."""
     with explained(f"cannot read {file}"):
         image = Image.open(file)
-        tags, frames = image.tag_v2 if image.format == "TIFF" else {}, getattr(image, "n_frames", 1)
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format not in ("MPO", "PSD"):  # a phone's photo with its preview; layers
             raise UserError(f"{frames} frames or pages, save each as a file")
         deep = max(tags.get(258, (8,))) > 8 or ";16B" in str(image.tile)  # TIFF's BitsPerSample, PNG's raw mode
