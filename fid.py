@@ -429,6 +429,7 @@ def evaluate(run: harness.Run, data: common.Dataset, features: list[Features]) -
     results["distances"] = same | distances(features, images, data.test, args.fid_method)
     modules = {"torch": torch, "torchvision": torchvision, "scipy": scipy}
     results["versions"] = {name: module.__version__ for name, module in modules.items()}
+    results["device"] = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     results["args"] = vars(args) | {name: best["args"][name] for name in ("precision", "ranks")}  # of the training
     with common.replacing(run.dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1))

@@ -1,157 +1,184 @@
-"""One picture of whether our rows stand in the paper's order: its FID of each row against our distances and error.
+"""Two pictures of whether a study has what the paper has: the effect of sigma points, and the order of the main rows.
 
-    python -m paper.agreement paper/results/fashion_mnist.csv --out assets/agreement.png
+    python -m paper.agreement paper/results/fashion_mnist{,_eighth,_full}.csv --out assets/agreement.png
 
-A panel for each distance and one for the error, axes logarithmic, bars of one standard deviation over seeds. What
-colour and marker do not say of a row is written beside it where there is room, first where the orders differ most. Rows
-that failed in the paper are hollow.
+Left the difference of UT-VAE to VAE, reconstructions, over K, and for K = 8 in the files of other widths that follow
+the study's; bars are 95 % intervals over seeds. Right the paper's FID of the study's main rows against ours.
 """
 
+import math
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
-from scipy.stats import rankdata
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from scipy.stats import linregress
+from scipy.stats import t as student
 
 import common
 import harness
 from common import UserError
-from fid import KINDS
-from paper.claims import LIKE, SUCCESSES, columns_of, failure, paper_numbers, rank_correlation, values_by_row
+from fid import BLUE, KINDS, ORANGE
+from paper import claims
+from paper.claims import compare, pairs, paper_numbers, paper_ratios, percent, values_by_row
 from paper.table import DATASETS, dataset_of, png, read_results
 
-COLOURS = {  # of Okabe and Ito's palette
-    "VAE": "#E69F00", "VAE*": "#D55E00", "UT-VAE": "#56B4E9", "UT-VAE*": "#0072B2", "UAE": "#009E73", "RAE": "#000000",
-    "IWAE": "#CC79A7", "WAE-MMD": "#F0E442",
-}  # fmt: skip
-MARKERS = {"1x": "v", "2x": "o", "4x": "^", "8x": "s", "": "D"}
-HALO = withStroke(linewidth=2, foreground="white")  # of labels over bars
-SIDES = [(5, 0, "left"), (-5, 0, "right"), (4, 5, "left"), (4, -5, "left"), (-4, 5, "right"), (-4, -5, "right")]
+Values = dict[str, dict[int, float]]  # by row and seed
+EFFECT = "UT-VAE {k}x | VAE {k}x"
+KS = (1, 2, 4, 8)
+COLOURS = {"KL": ORANGE, "W₂": BLUE, "neither": "0.35"}  # of a row's loss
+SIZE = 9.5  # of letters
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # of letters over bars
 
 
-class Panel(NamedTuple):
-    """What is measured, of which kind of images; our values by row and seed, and the paper's number of each row."""
-
-    title: str
-    kind: str
-    dataset: str
-    ours: dict[str, dict[int, float]]
-    theirs: list[float]
-
-    def correlation(self) -> str:
-        """Spearman's, of all rows and of those that did not fail in the paper."""
-        rows = "All rows", SUCCESSES
-        every, rest = (rank_correlation(self.ours, self.dataset, self.kind, each) for each in rows)
-        text = f"rank correlation {every[0]:.2f}" if every else "fewer than three rows have two seeds"
-        return text + (f", without failures {rest[0]:.2f}" if rest and rest[2] < every[2] else "")
+def width_of(setting: str) -> float:
+    """The width of the nets that a setting of paper.study names."""
+    found = re.search(r"--width (\S+)", setting)
+    return float(found[1]) if found else 1.0
 
 
-def read_panels(file: Path) -> list[list[Panel]]:
-    """Of a study's results: a line of panels for each metric, the error beside the first."""
-    setting, lines = read_results(file)
-    dataset, found = dataset_of(setting), []
-    columns = columns_of(lines)
-    error = columns.pop("Error (MSE)")
-    for metric, distances in columns.items():
-        titles = [f"{metric}, {kind}" for kind in KINDS] + ["error (MSE)"] * (not found)
-        found.append([])
-        for i, (title, column) in enumerate(zip(titles, distances + error, strict=False)):
-            ours = {k: v for k, v in values_by_row(lines, column).items() if paper_numbers(dataset, k)}
-            if len(ours) < 3:
-                raise UserError(f"{file}: {len(ours)} rows have numbers of the paper, three are needed")
-            theirs = [paper_numbers(dataset, label)[i % 3] for label in ours]
-            found[-1].append(Panel(title, KINDS[i % 3], dataset, ours, theirs))
-    return found
+def per_doubling(values: Values, dataset: str) -> tuple[float, float]:
+    """The least-squares slope over log₂ K of the logarithms of UT-VAE's ratios to VAE, by seed, and half its 95 %
+    interval; nan below three ratios."""
+    x, y = [], []
+    for k, pair in zip(KS, pairs(EFFECT, dataset, KS), strict=True):
+        ours, other = (values.get(label, {}) for label in pair)
+        for seed in ours.keys() & other.keys():
+            x.append(math.log2(k))
+            y.append(math.log(ours[seed] / other[seed]))
+    if len({*x}) < 2 or len(x) < 3:
+        return math.nan, math.nan
+    fit = linregress(x, y)
+    return fit.slope, student.ppf(0.975, len(x) - 2) * fit.stderr
 
 
-def describe(label: str, dataset: str) -> tuple[str, str, str]:
-    """Model, number of points and the rest of a row's label: `UT-VAE-full-GP 2x pairs` is UT-VAE, 2x, full GP pairs."""
-    model, _, rest = label.partition(" ")
-    base = re.match(r"(?:UT-)?VAE\*?|UAE|RAE|IWAE|WAE-MMD", model)[0]
-    points, _, heuristic = rest.partition(" ")
-    variant = [*model[len(base) :].split("-"), *heuristic.split()]
-    return base, points, " ".join(v for v in variant if v != common.DEFAULTS[dataset]["sigma_points"]).strip()
+def draw_effect(axes: Axes, studies: list[tuple[str, Values]], dataset: str) -> None:
+    """The difference of UT-VAE to VAE in %: over K in the first of `studies` (setting and values) and in the paper,
+    then for K = 8 in the others."""
+    every = pairs(EFFECT, dataset, KS)
+    places = [(pair, values, f"{k}") for k, pair in zip(KS, every, strict=True) for _, values in studies[:1]]
+    for setting, values in studies[1:]:
+        width = width_of(setting)
+        places.append((every[-1], values, f"8, width\n{'full' if width == 1 else f'1/{1 / width:.0f}'}"))
+    theirs = [100 * math.expm1(paper_ratios(dataset, pair)[0]) for pair in every]
+    axes.plot(range(len(KS)), theirs, "D--", color="0.35", mfc="white", label="the paper: FID, full width")
+    if len(studies) > 1:
+        axes.plot([len(KS) - 1, len(places) - 1], theirs[-1:] * 2, ":", color="0.35")
+    for i, (pair, values, _) in enumerate(places):
+        ratio = compare(*(values.get(label, {}) for label in pair))
+        if ratio:
+            mean, half, _, seeds = ratio
+            low, at, high = (100 * math.expm1(mean + d) for d in ((-half, 0, half) if seeds > 1 else (0, 0, 0)))
+            bars = [[at - low], [high - at]]
+            label = f"here: FD-Lite0, width 1/{1 / width_of(studies[0][0]):.0f}" if i == 0 else None
+            axes.errorbar(i, at, bars, fmt="o", color=BLUE if i < len(KS) else ORANGE, capsize=4, label=label)
+            text = f"{percent(mean)} %" + (f"\n{seeds} seed" if seeds == 1 else "")
+            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(text, (i, at), fontsize=SIZE, path_effects=HALO, **place)
+    axes.axhline(0, color="0.7", lw=0.8, zorder=0)
+    axes.set_xticks(range(len(places)), [place[2] for place in places])
+    axes.set_xlim(-0.4, 1.16 * len(places) - 1)  # room for the last number
+    axes.margins(y=0.12)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f} %" if value else "0"))
+    slope, half = per_doubling(studies[0][1], dataset)
+    each = f"{percent(slope)} % ({percent(slope - half)} to {percent(slope + half)}) a doubling of K"
+    axes.set(xlabel="K", title="UT-VAE against VAE, reconstructions" + ("" if math.isnan(slope) else f"\nhere {each}"))
+    axes.legend(loc="lower left", fontsize=SIZE, frameon=False)
 
 
-def draw(axes: Axes, panel: Panel) -> None:
-    """The values of each row over seeds against the paper's number."""
-    axes.set(xscale="log", yscale="log")
-    for (label, by_seed), x in zip(panel.ours.items(), panel.theirs, strict=True):
-        model, points, _ = describe(label, panel.dataset)
-        edge = "0.3" if model == "WAE-MMD" else COLOURS[model]  # yellow needs an edge
-        face, values = "white" if failure(panel.dataset, label) else COLOURS[model], list(by_seed.values())
-        spread = np.std(values, ddof=1) if len(values) > 1 else 0
-        axes.errorbar(x, np.mean(values), spread, fmt=MARKERS[points], ms=4.5, mfc=face, mec=edge, ecolor=edge, lw=0.7)
+def loss_of(label: str) -> str:
+    """Which term of the loss a row's posteriors have, a key of COLOURS."""
+    if label.startswith(("RAE", "WAE")):
+        return "neither"
+    return "W₂" if "*" in label or label.startswith("UAE") else "KL"
+
+
+def draw_order(axes: Axes, values: Values, dataset: str, rows: list[str]) -> dict[str, tuple[float, float]]:
+    """The paper's FID of rows against our means, bars of one standard deviation over seeds; returns the points."""
+    points = {}
+    for label in rows:
+        ours, theirs, colour = list(values[label].values()), paper_numbers(dataset, label)[0], COLOURS[loss_of(label)]
+        points[label] = theirs, np.mean(ours)
+        axes.errorbar(theirs, np.mean(ours), np.std(ours, ddof=1), fmt="o", ms=5, color=colour, ecolor="0.85")
+    axes.set(xscale="log", yscale="log", ylabel="FD-Lite0 here", xlabel=f"the paper's FID, {DATASETS[dataset]}")
     for axis in (axes.xaxis, axes.yaxis):
-        low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)) if high > 4 * low else MaxNLocator(7, steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(ScalarFormatter())
+        axis.set_major_locator(LogLocator(subs=np.arange(1, 10, 0.5 if axis is axes.xaxis else 0.1)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=7)
-    axes.set_title(f"{panel.title}\n{panel.correlation()}", fontsize=8)
-    name = DATASETS[LIKE.get(panel.dataset, panel.dataset)]
-    axes.set_xlabel(f"the paper's FID, {name}, {panel.kind}", fontsize=7)
+    r = claims.rank_correlation(values, dataset, KINDS[0], rows)
+    axes.set_title(f"The {len(rows)} main rows, reconstructions\nrank correlation {r:.2f}")
+    for name, colour in COLOURS.items():
+        axes.plot([], [], "o", color=colour, label=f"with {name}")
+    axes.legend(loc="lower right", fontsize=SIZE, frameon=False)
+    return points
 
 
-def write_labels(axes: Axes, panel: Panel) -> None:
-    """The rest of the labels beside the points, where they touch no point and no other label."""
-    ours = [np.mean(list(by_seed.values())) for by_seed in panel.ours.values()]
-    at = axes.transData.transform(np.column_stack([panel.theirs, ours]))
-    taken, inside = [*np.hstack([at - 4, at + 4])], axes.get_window_extent().extents
-    for i in np.argsort(-abs(rankdata(ours) - rankdata(panel.theirs))):
-        text = describe(list(panel.ours)[i], panel.dataset)[2]
-        for x, y, side in SIDES if text else ():
-            place = {"xytext": (x, y), "textcoords": "offset points", "ha": side, "va": "center"}
-            label = axes.annotate(text, (panel.theirs[i], ours[i]), fontsize=6.5, path_effects=[HALO], **place)
-            x0, y0, x1, y1 = box = label.get_window_extent().extents
-            free = all(x1 < a or c < x0 or y1 < b or d < y0 for j, (a, b, c, d) in enumerate(taken) if j != i)
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two boxes (x0, y0, x1, y1) meet."""
+    return bool((a[:2] < b[2:]).all() and (b[:2] < a[2:]).all())
+
+
+def write_labels(axes: Axes, points: dict[str, tuple[float, float]]) -> list:
+    """A label for each point where it meets no point, no other label and no edge, as near as there is room; a line
+    leads to one that is far. Returns the labels. Raises UserError if there is no room."""
+    at = axes.transData.transform(list(points.values()))
+    taken, inside = [np.hstack([p - 9, p + 9]) for p in at], axes.get_window_extent().extents
+    crowd = np.linalg.norm(at[:, None] - at[None], axis=-1)
+    labels = []
+    for i in np.argsort(np.sort(crowd, axis=1)[:, 1:4].sum(1)):  # the most crowded first
+        text, point = list(points.items())[i]
+        for radius, angle in ((r, a) for r in range(8, 160, 6) for a in np.arange(0, 2 * np.pi, np.pi / 12)):
+            dx, dy = radius * np.cos(angle), radius * np.sin(angle)
+            side = "left" if dx > 2 else "right" if dx < -2 else "center"
+            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": side, "va": "center"}
+            style = {"fontsize": SIZE, "color": COLOURS[loss_of(text)], "path_effects": HALO}
+            label = axes.annotate(text.removesuffix(" random"), point, **place, **style)
+            box = label.get_window_extent().extents
+            free = not any(overlap(box, other) for other in taken)
             if free and (box[:2] > inside[:2]).all() and (box[2:] < inside[2:]).all():
                 taken.append(box)
+                labels.append(label)
+                if radius > 14:
+                    axes.annotate("", point, arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6}, **place)
                 break
             label.remove()
+        else:
+            raise UserError(f"no room for the label {text}")
+    return labels
 
 
-def legend(panels: list[Panel]) -> list[Line2D]:
-    """An entry for each model, each number of points, and the failures."""
-    labels = [(label, *describe(label, panel.dataset)) for panel in panels for label in panel.ours]
-    models, points = ({label[i] for label in labels} for i in (1, 2))
-    shown = [("o", colour, colour, model) for model, colour in COLOURS.items() if model in models]
-    shown += [(m, "0.4", "0.4", f"K = {k[0]}" if k else "no K") for k, m in MARKERS.items() if k in points]
-    failed = any(failure(panel.dataset, label) for panel in panels for label in panel.ours)
-    shown += [("o", "white", "0.4", "the paper's failures")] * failed
-    return [Line2D([], [], ls="", marker=m, mfc=face, mec=edge, label=text) for m, face, edge, text in shown]
+def read_values(file: Path) -> tuple[str, Values]:
+    """The setting of a study's results and its first distance of reconstructions."""
+    setting, lines = read_results(file)
+    return setting, values_by_row(lines, next(iter(claims.columns_of(lines)[0].values()))[0])
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> list:
     parser = harness.Parser("paper.agreement", __doc__)
-    parser.add_argument("results", type=Path, nargs="+", help="results of paper.study")
+    parser.add_argument("results", type=Path, nargs="+", help="results of paper.study, then those of other widths")
     parser.add_argument("--out", type=png, default=Path("runs/agreement.png"), help="the picture")
     args = parser.parse_args(argv)
-    lines = [line for file in args.results for line in read_panels(file)]
-    figure = Figure(figsize=(11, 2.9 * len(lines) + 0.4), dpi=160, layout="constrained")
-    grid = figure.subplots(len(lines), 4, squeeze=False)
-    drawn = [pair for axes, line in zip(grid, lines, strict=True) for pair in zip(axes, line, strict=False)]
-    for axes, panel in drawn:
-        draw(axes, panel)
-    handles, empty = legend([panel for _, panel in drawn]), [axes for axes in grid.flat if not axes.has_data()]
-    for axes in empty:
-        axes.set_axis_off()
-    if empty:
-        empty[0].legend(handles=handles, loc="center", ncols=2, fontsize=8, frameon=False)
-    else:
-        figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    for file in args.results[1:]:
+        if not file.exists():
+            common.note(f"{file} is not there: its width is not drawn")
+    studies = [read_values(file) for file in args.results[:1] + [file for file in args.results[1:] if file.exists()]]
+    dataset, values = dataset_of(studies[0][0]), studies[0][1]
+    rows = [label for label in claims.main_rows(dataset) if len(values.get(label, ())) > 1]
+    if dataset not in DATASETS or len(rows) < 3:
+        raise UserError(f"{args.results[0]}: {len(rows)} main rows have two seeds and numbers in the paper, not three")
+    figure = Figure(figsize=(10.8, 5), dpi=140, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.35])
+    draw_effect(left, studies, dataset)
+    points = draw_order(right, values, dataset, rows)
     figure.draw_without_rendering()  # fixes where the panels are
-    for axes, panel in drawn:
-        write_labels(axes, panel)
+    labels = write_labels(right, points)
     with common.replacing(args.out) as temporary:
         figure.savefig(temporary, format="png")
     print(f"wrote {args.out}")
+    return labels
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The idea in one picture: what a posterior's sigma points decode to, beside as many random samples.
+"""The idea in one picture: sigma points of a posterior, random samples of it, and what they decode to.
 
     python -m paper.idea --out assets/idea.png
 
-Trains a UT-VAE with n = 2 on the embedded digits, so that its latent space can be drawn whole, and decodes the 2n+1 = 5
-sigma points of three test images and five random samples of each.
+Trains a UT-VAE with n = 2 on the embedded digits, so that its latent space can be drawn, and decodes the 2n+1 = 5 sigma
+points of three test images, and sets of five random samples of each. Chosen by their posteriors alone, before anything
+is decoded: standard deviations within SCALES, so that points decode to digits and not all to the same; of these first
+the widest posterior (the large one), then twice that whose mean is farthest from those chosen.
 """
 
 import io
@@ -14,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor, nn
 
 import common
@@ -23,23 +26,32 @@ import harness
 import ut_vae
 from paper.table import png
 
-TRAINING = "--latent-dim 2 --k 5 --beta 0.002 --fid none"
-COLOURS = (fid.BLUE, fid.ORANGE, "#009E73")  # of Okabe and Ito's palette
+TRAINING = "--latent-dim 2 --k 5 --fid none"
+SCALES = (0.15, 0.6)  # of both latent dimensions; the training means spread by about 1
+POINTS, SAMPLES = fid.BLUE, fid.ORANGE
 KAPPA = 0.5
-DRAWS = 1000  # sets of five samples, for the spread of their mean
+DRAWS = 400  # sets of five samples; all together stand for the whole posterior
+SHOWN = 3  # of these sets
+RANGE = 0.6  # where the colours of a difference end; images are in [-1,1]
 
 
 class Example(NamedTuple):
-    """One image: mean and standard deviations [2], sigma points and samples [5,2], what they decode to [5,H,W], the
-    input [H,W], and how far the mean image is from that of the whole posterior, in root mean square over pixels: for
-    the sigma points, and for `DRAWS` means of five samples."""
+    """One image [H,W]: mean and standard deviations [2], sigma points and the first set of samples [5,2], what they
+    decode to [5,H,W]; the mean image of the whole posterior, that of the sigma points, and those of all sets
+    [DRAWS,H,W]."""
 
     x: Tensor
     mu: Tensor
     scale: Tensor
     points: tuple[Tensor, Tensor]
     images: tuple[Tensor, Tensor]
-    errors: tuple[Tensor, Tensor]
+    whole: Tensor
+    mean: Tensor
+    means: Tensor
+
+    def off(self, mean: Tensor) -> Tensor:
+        """How far mean images [...,H,W] are from the whole posterior's, in root mean square over pixels [...]."""
+        return (mean - self.whole).square().mean((-2, -1)).sqrt()
 
 
 @torch.inference_mode()
@@ -49,66 +61,68 @@ def example(encoder: nn.Module, decoder: nn.Module, x: Tensor, generator: torch.
     points = common.sigma_points(mu, scale, KAPPA)[0]
     samples = common.sample_gaussian(mu, scale, DRAWS * len(points), generator)[0]
     decoded, sampled = decoder(points)[:, 0], decoder(samples)[:, 0].unflatten(0, (DRAWS, -1))
-    truth = sampled.mean((0, 1))  # the mean image of the posterior, by all samples
-
-    def error(mean: Tensor) -> Tensor:
-        return (mean - truth).square().mean((-2, -1)).sqrt()
-
-    errors = error(decoded.mean(0)), error(sampled.mean(1))
-    return Example(x[0, 0], mu[0], scale[0], (points, samples[: len(points)]), (decoded, sampled[0]), errors)
+    images, means = (decoded, sampled[0]), sampled.mean(1)
+    both = points, samples[: len(points)]
+    return Example(x[0, 0], mu[0], scale[0], both, images, means.mean(0), decoded.mean(0), means)
 
 
-def draw_plane(axes: Axes, examples: list[Example], means: Tensor) -> None:
-    """The latent plane: all training means, and for each example the ellipse of Σ, sigma points and samples."""
-    angle = torch.linspace(0, 2 * torch.pi, 200)
+def draw_plane(axes: Axes, e: Example, which: int, training: Tensor) -> None:
+    """The latent plane around a posterior: training means, one standard deviation, and what its sigma points (which is
+    0) or five samples (1) decode to, where they lie."""
+    angle, colour = torch.linspace(0, 2 * torch.pi, 200), (POINTS, SAMPLES)[which]
     circle = torch.stack([angle.cos(), angle.sin()], 1)
-    axes.scatter(*means.T.numpy(), s=3, color="0.85", label="means of all training images")
-    for i, (e, colour) in enumerate(zip(examples, COLOURS, strict=False)):
-        label = [text if i == 0 else None for text in ("Σ: one standard deviation", "sigma points", "random samples")]
-        axes.plot(*(e.mu + e.scale * circle).T.numpy(), color=colour, label=label[0])
-        axes.scatter(*e.points[0].T.numpy(), s=36, color=colour, edgecolor="white", zorder=3, label=label[1])
-        axes.scatter(*e.points[1].T.numpy(), s=30, color=colour, marker="x", zorder=3, label=label[2])
-    axes.set(title="latent space", aspect="equal", xlabel="z1", ylabel="z2")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=8)
+    axes.scatter(*training.T.numpy(), s=3, color="0.85")
+    axes.plot(*(e.mu + e.scale * circle).T.numpy(), color=colour)
+    for z, image in zip(e.points[which], e.images[which], strict=True):
+        picture = OffsetImage(image.numpy(), zoom=1.2, cmap="gray", clim=(-1, 1))
+        box = {"edgecolor": colour, "linewidth": 2}
+        axes.add_artist(AnnotationBbox(picture, tuple(z.tolist()), pad=0.1, bboxprops=box))
+    (low, bottom), (high, top) = (e.mu - 3 * e.scale).tolist(), (e.mu + 3 * e.scale).tolist()
+    axes.set(xlim=(low, high), ylim=(bottom, top), xticks=[], yticks=[], xlabel="z1", ylabel="z2")
+    axes.set_title(("its five sigma points", "five random samples of it")[which], color=colour, fontsize=12)
 
 
-def save_figure(path: Path, examples: list[Example], means: Tensor) -> None:
-    """Left the latent plane, right what the points decode to, their mean, and the input."""
-    figure = Figure(figsize=(12, 6.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.5])
-    draw_plane(left.subplots(), examples, means)
-    panels = right.subplots(2 * len(examples), 7, gridspec_kw={"hspace": 0.1, "wspace": 0.05})
+def draw_means(figure: SubFigure, e: Example, size: int) -> None:
+    """Input and mean images, and below these what each of them has more (red) or less (blue) than the posterior's."""
+    panels = figure.subplots(2, 3 + SHOWN)
     for panel in panels.flat:
-        panel.set(xticks=[], yticks=[])
-    for i, (e, colour) in enumerate(zip(examples, COLOURS, strict=False)):
-        for row, name, images, error in zip(
-            panels[2 * i : 2 * i + 2], ("sigma points", "samples"), e.images, e.errors, strict=True
-        ):
-            for panel, image in zip(row, (e.x, images.mean(0), *images), strict=True):
-                panel.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)
-                for spine in panel.spines.values():
-                    spine.set(color=colour, linewidth=2)
-            row[2].set_ylabel(name, fontsize=8)
-            spread = f" ± {error.std():.3f}" if error.dim() else ""
-            row[1].set_xlabel(f"off by {error.mean():.3f}{spread}", fontsize=8)
-    titles = ["input x", "mean image", "", "", "the five decoded points", "", ""]
-    for panel, title in zip(panels[0], titles, strict=True):
-        panel.set_title(title, fontsize=9)
-    right.supxlabel(
-        "off by: distance of the mean image from that of the whole posterior (root mean square over pixels);\n"
-        f"for samples mean ± standard deviation over {DRAWS} sets of five, of which one is shown",
-        fontsize=8,
-    )
+        panel.set(xticks=[], yticks=[], frame_on=False)
+    shown = [e.x, e.whole, e.mean, *e.means[:SHOWN]]
+    titles = ["input", "posterior", "σ points", *["samples"] * SHOWN]
+    colours = ["black", "black", POINTS, *[SAMPLES] * SHOWN]
+    for i, (image, title, colour) in enumerate(zip(shown, titles, colours, strict=True)):
+        panels[0, i].imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)
+        panels[0, i].set_title(title, color=colour, fontsize=size)
+        if i > 1:
+            panels[1, i].imshow((image - e.whole).numpy(), cmap="seismic", vmin=-RANGE, vmax=RANGE)
+            panels[1, i].set_xlabel(f"off by {e.off(image):.3f}", fontsize=size)
+            panels[1, i].set(frame_on=True)
+
+
+def save_figure(path: Path, examples: list[Example], training: Tensor) -> None:
+    """Above the first example: what its points decode to, and the mean images; below the mean images of the others."""
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.45, 1])
+    planes, means = above.subfigures(1, 2, width_ratios=[1, 1])
+    for which, axes in enumerate(planes.subplots(1, 2)):
+        draw_plane(axes, examples[0], which, training)
+    means.suptitle("mean images, and what they differ by from the posterior's", fontsize=12)
+    draw_means(means, examples[0], 9)
+    for part, e in zip(below.subfigures(1, len(examples) - 1), examples[1:], strict=True):
+        draw_means(part, e, 9)
     with common.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def choose(mu: Tensor, scale: Tensor) -> list[int]:
-    """Three images whose posteriors are wide and far from each other; mu and scale [N,2]."""
-    wide = scale.prod(1).argsort(descending=True)[: len(scale) // 4]
-    chosen = [int(wide[0])]
+    """Three images by their posteriors, mu and scale [N,2], as the head of this file says. Raises UserError if there
+    are fewer."""
+    within = ((scale > SCALES[0]) & (scale < SCALES[1])).all(1).nonzero()[:, 0]
+    if len(within) < 3:
+        raise common.UserError(f"{len(within)} test images have standard deviations within {SCALES}, three are needed")
+    chosen = [int(within[scale[within].prod(1).argmax()])]
     for _ in range(2):
-        chosen.append(int(wide[torch.cdist(mu[wide], mu[chosen]).amin(1).argmax()]))
+        chosen.append(int(within[torch.cdist(mu[within], mu[chosen]).amin(1).argmax()]))
     return chosen
 
 
@@ -121,6 +135,11 @@ def main(argv: list[str] | None = None) -> list[Example]:
         ut_vae.main([*TRAINING.split(), "--epochs", str(args.epochs), "--out", folder])
         (run,) = Path(folder).iterdir()
         encoder, decoder, _ = harness.load_trained(run, ut_vae.nets)
+    return draw(encoder, decoder, args.out)
+
+
+def draw(encoder: nn.Module, decoder: nn.Module, out: Path) -> list[Example]:
+    """The picture of a trained model with n = 2."""
     data = common.load_dataset("digits")
     with torch.inference_mode():
         means, _ = encoder(common.to_float(data.train))
@@ -128,8 +147,8 @@ def main(argv: list[str] | None = None) -> list[Example]:
         chosen = choose(*encoder(x))
     generator = torch.Generator().manual_seed(0)
     examples = [example(encoder, decoder, x[i : i + 1], generator) for i in chosen]
-    save_figure(args.out, examples, means)
-    print(f"wrote {args.out}")
+    save_figure(out, examples, means)
+    print(f"wrote {out}: " + "; ".join(f"{e.off(e.mean):.3f} against {e.off(e.means).mean():.3f}" for e in examples))
     return examples
 
 

@@ -5,11 +5,12 @@
     python -m paper.study --out runs/study --rows '^UT-VAE' --seeds 0 1 2
     python -m paper.study --out runs/digits --dataset digits
     python -m paper.study --out runs/cifar10 --dataset cifar10 --images path/to/cifar10    # as a folder of images
+    python -m paper.study --add runs/uae-* --results paper/results/fashion_mnist_full.csv  # runs started by hand
 
 One line for each row and seed goes into --results, by which a finished one is known and not run again; a stopped one
 goes on from its checkpoint below --out; one that fails is written down with its error, the others go on, and it is
-tried again by the next start. The first line of the file is the setting of all. `paper.table`, `paper.claims` and
-`paper.agreement` read it.
+tried again by the next start. The first line of the file is the setting of all; runs that have another are not added.
+A line with a note is no line of today's code. `paper.table`, `paper.claims` and `paper.agreement` read the file.
 """
 
 import csv
@@ -34,7 +35,7 @@ import common
 import harness
 from common import UserError
 from fid import KINDS
-from paper.table import paper_rows, read_results, regex
+from paper.table import IGNORED, dataset_of, metrics_of, paper_rows, read_results, regex, row_name
 
 ROOT = Path(__file__).parent.parent
 # The settings, fixed before the first run (paper/README.md, The study)
@@ -140,15 +141,53 @@ def record(row: Row, seed: int, log: Path, exitcode: int, metrics: list[str], st
         return line | {"error": f"exit code {exitcode}: {['no output', *text.splitlines()][-1]}"}
     folder = Path(folders[-1])
     results = json.loads((folder / "results.json").read_text())
-    with open(folder / "metrics.csv", newline="", encoding="utf-8") as epochs:
-        seconds = sum(float(epoch["seconds"]) for epoch in csv.DictReader(epochs))
     trained = max((folder / "last.pt").stat().st_mtime, started)
-    seconds += (folder / "results.json").stat().st_mtime - trained  # the evaluation
+    evaluation = (folder / "results.json").stat().st_mtime - trained
+    return line | measured(results, seconds_trained(folder) + evaluation) | {"commit": commit}
+
+
+def seconds_trained(folder: Path) -> float:
+    """The seconds of a run's epochs."""
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as epochs:
+        return sum(float(epoch["seconds"]) for epoch in csv.DictReader(epochs))
+
+
+def measured(results: dict, seconds: float) -> dict:
+    """What a line has of a results.json, and the seconds of the run."""
+    line = {name: results.get(name, "") for name in MEASURED}
     for found in results["distances"].values():
         line |= {f"{found['metric']}_{kind}": found[kind] for kind in KINDS}
-    measured = {name: results.get(name, "") for name in MEASURED}
-    versions = {"torch": results["versions"]["torch"], "commit": commit}
-    return line | measured | {"seconds": round(seconds)} | versions
+    return line | {"seconds": round(seconds), "torch": results["versions"]["torch"]}
+
+
+def added(folder: Path, setting: str, metrics: list[str]) -> dict:
+    """The line of a run that was started by hand, from its folder. Raises UserError unless it has this setting."""
+    with common.explained(f"{folder} is no finished run of these scripts"):
+        results, seconds = json.loads((folder / "results.json").read_text()), seconds_trained(folder)
+        args, label, dataset = results["args"], results["model"], dataset_of(setting)
+        card, found = results["device"], {each["metric"] for each in results["distances"].values()}
+    commands = {row.label: row.command for row in study_rows(dataset)}
+    if label not in commands or found != {*metrics}:
+        here = f"{label} with {', '.join(sorted(found)) or 'no distance'}"
+        raise UserError(f"{folder} is {here}: a row of the study with {', '.join(metrics)} is needed")
+    script, *flags = commands[label].split()
+    argv = [*setting.split(" (")[0].split(), *flags]
+    wanted = vars(importlib.import_module(script.removesuffix(".py")).arguments(argv))
+    names = wanted.keys() - IGNORED - {"ranks"} | {"dataset", "fid", "fid_method"}
+    if differ := [f"{n} is {args.get(n)}, not {wanted[n]}" for n in sorted(names) if args.get(n) != wanted[n]]:
+        raise UserError(f"{folder} has another setting than {setting}: {'; '.join(differ)}")
+    line = {"label": label, "seed": args["seed"], "command": commands[label]}
+    return line | measured(results, seconds) | {"commit": code_version(), "device": card}
+
+
+def add_runs(folders: list[Path], file: Path) -> None:
+    """Write the lines of runs into a file of results, in place of those of their rows and seeds that have no note."""
+    setting, lines = read_results(file)
+    lines = {(row_name(line), int(line["seed"])): line for line in lines}
+    for line in [added(folder, setting, metrics_of(next(iter(lines.values())))) for folder in folders]:
+        lines[line["label"], line["seed"]] = line
+        print(f"added     {line['label']}, seed {line['seed']}, {line['device']}")
+    harness.write_csv(file, list(lines.values()), heading=f"# {setting}\n")
 
 
 def study(
@@ -203,7 +242,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", type=int, nargs="+", help="only these of a row's seeds, 0 to 4 or 0 to 2")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--dry-run", action="store_true", help="print what would be run and the time expected")
+    add("--add", metavar="RUN", type=Path, nargs="+", help="add finished runs, by their folders, to --results instead")
     args = parser.parse_args(argv)
+    if args.add:
+        if not args.results:
+            raise UserError("--add RUN: give the --results to add to")
+        return add_runs(args.add, args.results)
     if args.images and (args.dataset != "cifar10" or not Path(args.images).is_dir()):
         raise UserError(f"--images {args.images}: give a folder of images, with --dataset cifar10")
     setting = SETTINGS[args.dataset] + (" (from a folder of images)" if args.images else "")

@@ -36,7 +36,7 @@ SHARED = (
     "setting", "epochs", "schedule", "lr", "batch_size", "latent_dim", "width", "image_size", "precision",
     "limit_train", "limit_eval",
 )  # fmt: skip
-WORDS = {"label", "command", "torch", "commit", "error"}  # columns of paper.study that are no numbers
+WORDS = {"label", "command", "torch", "commit", "error", "device", "note"}  # columns of paper.study that are no numbers
 
 
 class Result(NamedTuple):
@@ -100,6 +100,11 @@ def read_results(file: Path) -> tuple[str, list[dict[str, str]]]:
     return setting, rows
 
 
+def row_name(line: dict[str, str]) -> str:
+    """The row that a line of paper.study's results is of: what a note says sets it apart from others of its label."""
+    return f"{line['label']}, {line['note']}" if line.get("note") else line["label"]
+
+
 def dataset_of(setting: str) -> str:
     """The data set that a setting of paper.study names."""
     return setting.split("--dataset ")[1].split()[0]
@@ -117,7 +122,7 @@ def read_study(file: Path) -> tuple[list[Result], list[str]]:
         distances = {metric: [float(line[f"{metric}_{kind}"]) for kind in KINDS] for metric in metrics_of(line)}
         figures = {name: float(line[name]) for name in MEASURED if line[name]}
         data, seed, settings = dataset_of(setting), int(line["seed"]), {"setting": setting}
-        results.append(Result(file, data, line["label"], seed, setting, settings, distances, figures))
+        results.append(Result(file, data, row_name(line), seed, setting, settings, distances, figures))
     return results, [f"{line['label']}, seed {line['seed']}: {line['error']}" for line in lines if line["error"]]
 
 
@@ -224,11 +229,14 @@ def results_table(*folders: Path, wanted: str | re.Pattern = "") -> str:
 
 
 def spread(values: list[float], digits: int | None = None) -> str:
-    """Mean ± standard deviation, of distances to as many digits as the paper has; nothing for none."""
+    """Mean ± standard deviation, of distances to as many digits as the paper has; two values as they are, nothing for
+    none."""
     if not values:
         return ""
     mean = statistics.mean(values)
     digits = (1 if mean >= 100 else 2) if digits is None else digits
+    if len(values) == 2:
+        return " and ".join(f"{value:.{digits}f}" for value in values)
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 

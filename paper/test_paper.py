@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox
 from PIL import Image
 from torch import nn
 
@@ -156,22 +157,50 @@ def test_fig_4_is_one_command_beside_the_training_of_ut_vae(monkeypatch):
         gradient_noise.main([*argv, "--lr", "1e30"])
 
 
-def test_the_idea_shows_sigma_points_the_covariances_ellipse_and_what_they_decode_to(monkeypatch, capsys):
+def test_the_idea_shows_what_points_decode_to_where_they_lie_and_how_far_their_mean_images_are_off(monkeypatch, capsys):
     monkeypatch.setattr(idea, "TRAINING", f"{idea.TRAINING} --limit-train 96 --width 0.02")
+    monkeypatch.setattr(idea, "SCALES", (0, 99))
+    monkeypatch.setattr(idea, "DRAWS", 40)
     examples = idea.main(["--epochs", "1", "--out", "pictures/idea.png"])
-    assert capsys.readouterr().out == "wrote pictures/idea.png\n"
+    assert capsys.readouterr().out.startswith("wrote pictures/idea.png: ")
     assert np.asarray(Image.open("pictures/idea.png")).std() > 1 and len(examples) == 3 and not Path("runs").exists()
-    axes = Figure().subplots()
-    idea.draw_plane(axes, examples, torch.zeros(7, 2))
-    for i, e in enumerate(examples):
-        assert torch.equal(e.points[0], common.sigma_points(e.mu[None], e.scale[None], 0.5)[0])
-        assert np.allclose(axes.collections[1 + 2 * i].get_offsets(), e.points[0])
-        ellipse = torch.tensor(axes.lines[i].get_xydata())  # (z - μ)ᵀ Σ⁻¹ (z - μ) = 1
+    e = examples[0]
+    assert torch.equal(e.points[0], common.sigma_points(e.mu[None], e.scale[None], 0.5)[0])
+    for which in (0, 1):
+        axes = Figure().subplots()
+        idea.draw_plane(axes, e, which, torch.zeros(7, 2))
+        boxes = [each for each in axes.get_children() if isinstance(each, AnnotationBbox)]
+        assert np.allclose([box.xy for box in boxes], e.points[which])
+        assert all(np.array_equal(box.offsetbox.get_data(), x) for box, x in zip(boxes, e.images[which], strict=True))
+        ellipse = torch.tensor(axes.lines[0].get_xydata())  # (z - μ)ᵀ Σ⁻¹ (z - μ) = 1
         assert torch.allclose(((ellipse - e.mu) ** 2 / e.scale**2).sum(1), torch.ones(200).double(), rtol=1e-4)
-    # a linear decoder: the mean of sigma points is D(μ), which is the posterior's; five samples are off by σ √(2/5)
+    figure = Figure()
+    idea.draw_means(figure, e, 9)
+    shown = [panel.images[0].get_array() for panel in figure.axes if panel.images]
+    means = [e.images[0].mean(0), e.images[1].mean(0)]
+    assert len(shown) == 10 and np.allclose(shown[0], e.x) and np.allclose(shown[1], e.whole, atol=1e-5)
+    assert all(np.allclose(shown[i], x, atol=1e-5) for i, x in zip((2, 3), means, strict=True))
+    assert all(np.allclose(shown[i], x - e.whole, atol=1e-5) for i, x in zip((6, 7), means, strict=True))
+    words = [panel.get_xlabel() for panel in figure.axes if panel.get_xlabel()]
+    assert words[0] == f"off by {(means[0] - e.whole).square().mean().sqrt():.3f}" and len(words) == 4
+
+
+def test_the_ideas_images_are_chosen_by_their_posteriors(monkeypatch):
+    """The widest within the bounds, then twice the farthest; number 4 is too narrow and 5 too wide in one dimension."""
+    scale = torch.tensor([[0.2, 0.2], [0.5, 0.5], [0.2, 0.5], [0.3, 0.2], [0.1, 0.5], [0.5, 0.9]])
+    mu = torch.tensor([[5.0, 0.0], [1.0, 0.0], [0.0, 0.0], [-3.5, 0.0], [50.0, 50.0], [-50.0, -50.0]])
+    assert idea.choose(mu, scale) == [1, 3, 0]  # 4.5 and 4 away, then 0, 4 away from 1 and 8.5 from 3
+    with pytest.raises(UserError, match="2 test images have standard deviations within"):
+        idea.choose(mu[2:5], torch.tensor([[0.2, 0.5], [0.3, 0.2], [0.1, 0.5]]))
+
+
+def test_the_mean_image_of_sigma_points_is_exact_for_a_linear_decoder():
+    """Theirs is D(μ), which is the posterior's; five samples are off by σ √(2/5)."""
     encoder, x = constant(torch.zeros(1, 2), torch.full((1, 2), 0.3)), torch.zeros(1, 1, 2, 2)
     e = idea.example(encoder, lambda z: z.sum(1).view(-1, 1, 1, 1).expand(-1, *x.shape[1:]), x, torch.Generator())
-    assert e.errors[0] < 0.02 and e.errors[1].square().mean().sqrt() == pytest.approx(0.3 * (2 / 5) ** 0.5, rel=0.1)
+    assert e.off(e.mean) < 0.03 and e.off(e.means).square().mean().sqrt() == pytest.approx(
+        0.3 * (2 / 5) ** 0.5, rel=0.1
+    )
 
 
 def test_a_sheet_shows_the_runs_images_and_counts(capsys):

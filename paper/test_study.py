@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import multiprocessing
 import os
 import re
@@ -116,6 +117,47 @@ def test_a_line_names_the_commit_and_whether_the_code_was_changed(monkeypatch, t
     assert not capsys.readouterr().err
     study.note_other_code(Path("r.csv"), [{"commit": commit, "error": ""}, {"commit": f"{commit}-dirty", "error": ""}])
     assert f"note: r.csv has lines of commit {commit}: one study is of one" in capsys.readouterr().err
+
+
+def test_runs_started_by_hand_are_added_to_a_file_with_their_card(monkeypatch, capsys):
+    small = "--epochs 1 --limit-train 96 --limit-eval 30 --width 0.02 --batch-size 32 --precision fp32"
+    features = fid.classifier_features("digits")  # fitted once
+    monkeypatch.setattr(fid, "classifier_features", lambda *_: features)
+    for flags in ("--seed 3", "--seed 1 --lr 0.004"):
+        rae.main([*small.split(), *flags.split(), "--decoder-reg", "gp", "--out", flags[7]])
+    ((run,), (other,)) = (list(Path(seed).glob("rae*")) for seed in "31")
+    lines = [
+        {"label": "RAE-GP", "seed": 3, "note": "old"},
+        {"label": "RAE-GP", "seed": 3},
+        {"label": "VAE 8x", "seed": 3, "commit": "a", "device": "B"},
+    ]
+    empty = dict.fromkeys(["command", *(f"FDC_{kind}" for kind in fid.KINDS), "validation_mse", "error"], "")
+    harness.write_csv(Path("r.csv"), [empty | line for line in lines], heading=f"# --dataset digits {small} (here)\n")
+    results = json.loads((run / "results.json").read_text())
+    assert results["device"] == "cpu"  # where it was evaluated
+    (run / "results.json").write_text(json.dumps(results | {"device": "NVIDIA H200"}))
+    capsys.readouterr()
+    study.main(["--add", str(run), "--results", "r.csv"])
+    assert capsys.readouterr().out == "added     RAE-GP, seed 3, NVIDIA H200\n"
+    setting, (former, added, left) = table.read_results(Path("r.csv"))
+    assert setting == f"--dataset digits {small} (here)" and left == table.read_results(Path("r.csv"))[1][2]
+    assert (former["note"], former["device"], left["device"], left["commit"]) == ("old", "", "B", "a")
+    assert (added["command"], added["note"], added["device"]) == ("rae.py --decoder-reg gp", "", "NVIDIA H200")
+    assert float(added["FDC_sample"]) == results["distances"]["digits-mlp"]["sample"] and added["error"] == ""
+    assert float(added["validation_mse"]) == results["validation_mse"] and added["commit"] == study.code_version()
+    before = Path("r.csv").read_text()
+    (Path("none")).mkdir()
+    harness.write_csv(Path("two.csv"), [empty | lines[0] | {f"FID_{kind}": "" for kind in fid.KINDS}],
+                     heading=f"# --dataset digits {small}\n")  # fmt: skip
+    for argv, message in (
+        (["--add", str(other), "--results", "r.csv"], "another setting than .*: lr is 0.004, not 0.005"),
+        (["--add", "none", "--results", "r.csv"], "none is no finished run of these scripts"),
+        (["--add", str(run), "--results", "two.csv"], "is RAE-GP with FDC: a row of the study with FDC, FID is needed"),
+        (["--add", str(run)], "give the --results to add to"),
+    ):
+        with pytest.raises(UserError, match=message):
+            study.main(argv)
+    assert Path("r.csv").read_text() == before
 
 
 def test_a_run_killed_before_it_has_an_output_is_a_line(tmp_path):
