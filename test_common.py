@@ -1139,7 +1139,7 @@ def test_the_evaluation_is_appendix_a_line_by_line(capsys):
     args.fid_method = "eigh"
     folder.mkdir()
     torch.save({"model": best.state_dict(), "epoch": 2, "loss": 0.25, "args": of_training}, folder / "best.pt")
-    run = Namespace(args=args, data=data, model=model, dir=folder, device="cpu", history=[])
+    run = Namespace(args=args, data=data, model=model, dir=folder, device=torch.device("cpu"), history=[])
     results, mixture_seed = fid.evaluate(run, data, [features]), harness.stream_seed(3, "mixture")
     with torch.no_grad():
         means, (val, scale) = best["encoder"](data.train / 127.5 - 1)[0], best["encoder"](data.val / 127.5 - 1)

@@ -323,3 +323,8 @@ def test_documents_are_written_by_their_commands(tmp_path, monkeypatch, capsys):
     assert text.replace(first, "old\n").replace(second, "") == old
     documents.main([])
     assert Path("README.md").read_text() == text and "2 generated parts, as they were" in capsys.readouterr().out
+    Path("n.csv").write_text('"a, b",c\n1,2.5\n')
+    documents.main(["n.csv"])
+    assert capsys.readouterr().out == "| a, b | c |\n| --- | --- |\n| 1 | 2.5 |\n"
+    with pytest.raises(UserError, match=r"cannot read nosuch\.csv: No such file"):
+        documents.main(["nosuch.csv"])
