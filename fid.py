@@ -311,7 +311,7 @@ COMPONENTS = 10  # of the ex-post mixture (Sec. 5.1)
 KINDS = ("reconstruction", "sample", "interpolation")
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, which colour-blind readers can tell apart
 WORDS = {"rec": "reconstruction error (MSE)", "reg": "latent regularisation"}  # the loss's parts, in curves.png
-WORDS |= dict.fromkeys(("gp", "l2"), "decoder regularisation")
+WORDS |= {"gp": "decoder regularisation\n(by batch, by running statistics)", "l2": "decoder regularisation"}
 COLLAPSED = 0.9  # mean variance from which a dimension is called so: the prior's is 1 (Appendix H)
 
 
@@ -436,11 +436,11 @@ def evaluate(run: harness.Run, data: common.Dataset, features: list[Features]) -
     save_grids(run.dir, images, data.val, pairs)
     for kind, shown in (images | {"test": data.test}).items() if args.save_images else ():
         save_arrays(run.dir / f"{kind}.npz", arr_0=shown.permute(0, 2, 3, 1).cpu().numpy())  # as other tools read them
-    print_results(results, run.dir)
     try:
         save_curves(run)
     except Exception as error:  # of matplotlib, whatever its settings: the results are there
         common.note(f"curves.png was not drawn: {error}")
+    print_results(results, run.dir)
     return results
 
 
@@ -553,6 +553,7 @@ def save_curves(run: harness.Run) -> None:
             label = "learning rate halved" if drop == drops[0] else None
             axes.axvline(drop, color="0.6", linewidth=0.7, zorder=0, label=label)
         axes.set(title=WORDS.get(name, name), xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     with common.replacing(run.dir / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=100)

@@ -393,7 +393,9 @@ def check_nets(model: nn.ModuleDict, loss, data: Dataset, args: argparse.Namespa
         raise UserError(f"the decoder's images are {list(images.shape)}: {list(x.shape)} is needed")
     low, high = images.min(), images.max()
     if low < -1 or high > 1 or 0 <= low < high:
-        note(f"the decoder's images are from {low:.3g} to {high:.3g}, the data from -1 to 1, to which they are clamped")
+        note(
+            f"the decoder's images are from {low:.3g} to {high:.3g} (far out, |z| of 100), they are clamped to -1 to 1"
+        )
     for training in (True, False):  # False: as in validation
         with torch.set_grad_enabled(training):
             parts = loss(encoder.train(training), decoder.train(training), x, args)

@@ -488,7 +488,10 @@ class Own(nn.Linear):  # a net of one's own: what `function` makes of a linear l
 
 
 ATTENTION = nn.MultiheadAttention(32, 2, batch_first=True).eval()
-SCALE, RANGE = r"scale is .*exp\(logvar", r"images are from {} to {}, the data from -1 to 1, to which they are clamped"
+SCALE, RANGE = (
+    r"scale is .*exp\(logvar",
+    r"images are from {} to {} \(far out, \|z\| of 100\), they are clamped to -1 to 1",
+)
 OWN = [  # a posterior, if not as it should be, of m and h; images, of h; the message of a refusal, or None and a note
     (lambda m, h: [m, h.exp()], torch.tanh, "returns a list"), (lambda m, h: (m, h - 9), torch.tanh, SCALE),  # log σ²
     (lambda m, h: (m, torch.diag_embed(h - 9)), torch.tanh, SCALE),

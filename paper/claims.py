@@ -49,7 +49,7 @@ HEADLINE = {
 }
 COLLAPSE = {"Collapsed dimensions, W₂ against KL": HEADLINE["VAE* against VAE: W₂ for KL"]}
 COLLAPSING = "UT-VAE 2x | UT-VAE* 2x | UT-VAE*² 2x"  # whose dimensions the summary counts
-COLLAPSE_ROW = "Collapsed dimensions, UT-VAE, K = 2: KL / W₂ / its square"
+COLLAPSE_ROW = "Collapsed dimensions of {}, UT-VAE, K = 2: KL / W₂ / its square"
 OTHERS = {
     "RAE against the VAE (Table 2)": "RAE-no-reg | VAE {k}x",
     "VAE* against the RAE (Table 2)": "VAE* {k}x | RAE-no-reg",
@@ -247,8 +247,16 @@ def summary(lines: list[dict[str, str]], dataset: str, every: list[Comparison], 
         counts = " / ".join(f"{means[label]:.0f}" if label in means else "–" for label in labels)
         here = [each for each in every if each.measure == COLLAPSED and each.pair == labels[1::-1]]
         counts = f"**{counts}**" if any(each.left for each in here) else counts
-        rows.append([COLLAPSE_ROW, "over half / none (Fig. 5)", counts, "", "", word(here)])
-    header = ["A against B", "The paper (FID)", f"Here ({metric})", "Here (error)", "Full width, K = 8; seeds", "So?"]
+        title = COLLAPSE_ROW.format(common.DEFAULTS[dataset]["latent_dim"])
+        rows.append([title, "over half / none (Fig. 5)", counts, "", "", word(here)])
+    header = [
+        "A against B",
+        "The paper (FID)",
+        f"Here ({metric})",
+        "Here (error)",
+        "Full width, K = 8; seeds",
+        "As in the paper?",
+    ]
     return table_of(header, rows)
 
 

@@ -163,7 +163,7 @@ def test_the_summary_shows_both_k_what_is_missing_and_full_width(tmp_path):
     assert ut_vae[3:] == ["-30 (-30 to -30); 2", "opposite / –"]
     assert cells["UT-VAE* against VAE*: the same under W₂"][-1] == "too small to test / –"
     assert cells["UAE against UT-VAE*: the penalty"][-1] == "too small to test / –" and len(cells) == 6
-    assert cells[claims.COLLAPSE_ROW] == ["over half / none (Fig. 5)", "**42 / 40 / –**", "", "", "yes"]
+    assert cells[claims.COLLAPSE_ROW.format(64)] == ["over half / none (Fig. 5)", "**42 / 40 / –**", "", "", "yes"]
     other = results_file(tmp_path / "o.csv", {"VAE 8x": {0: 1}}, "cifar10")
     with pytest.raises(UserError, match=r"--full .*o\.csv is of cifar10, .*r\.csv of fashion_mnist"):
         claims.report(file, "summary", other)
