@@ -247,17 +247,10 @@ def summary(lines: list[dict[str, str]], dataset: str, every: list[Comparison], 
         counts = " / ".join(f"{means[label]:.0f}" if label in means else "–" for label in labels)
         here = [each for each in every if each.measure == COLLAPSED and each.pair == labels[1::-1]]
         counts = f"**{counts}**" if any(each.left for each in here) else counts
-        title = COLLAPSE_ROW.format(common.DEFAULTS[dataset]["latent_dim"])
-        rows.append([title, "over half / none (Fig. 5)", counts, "", "", word(here)])
-    header = [
-        "A against B",
-        "The paper (FID)",
-        f"Here ({metric})",
-        "Here (error)",
-        "Full width, K = 8; seeds",
-        "As in the paper?",
-    ]
-    return table_of(header, rows)
+        row = COLLAPSE_ROW.format(common.DEFAULTS[dataset]["latent_dim"])
+        rows.append([row, "over half / none (Fig. 5)", counts, "", "", word(here)])
+    ours = f"Here ({metric})", "Here (error)", "Full width, K = 8; seeds"
+    return table_of(["A against B", "The paper (FID)", *ours, "As in the paper?"], rows)
 
 
 def verdicts(found: list[Comparison], checks: list[str]) -> str:
