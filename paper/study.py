@@ -72,7 +72,9 @@ class Row:
         self.argv = [*SETTINGS[dataset].split(), *flags, "--device", "cpu"]  # in fp32, as all lines of a file
         args = importlib.import_module(self.script.removesuffix(".py")).arguments(self.argv)
         self.argv += ["--sigma-points", args.sigma_points] if "sigma_points" in args else []
-        self.label = args.label + " plateau" * ("--schedule plateau" in command)
+        self.label = args.label
+        if "--schedule plateau" in command:
+            self.label += " plateau"
         k = getattr(args, "k", 1)
         five = dataset == "digits" or (dataset == "fashion_mnist" and headline)
         self.seeds = range(5 if five else 3)
@@ -195,7 +197,8 @@ def study(
 ) -> None:
     """Run all (seed, row), `jobs` at a time, and write each line into the file as it comes."""
     lines = {(line["label"], int(line["seed"])): line for line in lines}
-    metrics = ["FD-Lite0"] * ("lite0" in setting) + ["FDC"] * ("classifier" in setting or "digits" in setting)
+    names = {"FD-Lite0": ("lite0",), "FDC": ("classifier", "digits")}
+    metrics = [metric for metric, words in names.items() if any(word in setting for word in words)]
     waiting, running, started, spent = list(todo), {}, time.monotonic(), 0
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below: the same figures for any --jobs
     context = multiprocessing.get_context("spawn")
@@ -255,7 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     wanted = [(seed, row) for label, row in every.items() if re.search(args.rows, label) for seed in row.seeds]
     wanted = [(seed, row) for seed, row in wanted if not args.seeds or seed in args.seeds]
     if not wanted:
-        given = f"--rows '{args.rows.pattern}'" + f" and --seeds {args.seeds}" * bool(args.seeds)
+        given = f"--rows '{args.rows.pattern}'"
+        if args.seeds:
+            given += f" and --seeds {args.seeds}"
         raise UserError(f"no run of the study has {given}: --dry-run alone prints all")
     file = args.results or args.out / "results.csv"
     if not args.dry_run:
