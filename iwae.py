@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
     device = harness.start(args)
     model = harness.prepare(nets(args), args, device)
     encoder, decoder = model.values()
-    data = harness.load_data(args, device)
+    data = harness.load_data(args, device)  # by common.load_dataset
     harness.check_nets(model, loss, data, args)
     features = fid.load_features(args, data)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type == "cuda")
