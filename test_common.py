@@ -1373,6 +1373,7 @@ def test_own_images_are_known_again_by_their_files_wherever_they_are():
 
 def test_a_run_without_its_last_checkpoint_is_measured_and_never_trained_over(finished):
     (finished / "last.pt").unlink()
+    torch.save(loaded("runs", "best.pt") | {"epoch": 2}, finished / "best.pt")  # of 3: an epoch would be left
     before, results = (finished / "best.pt").read_bytes(), json.loads((finished / "results.json").read_text())
     for left in ("best.pt and results.json", "best.pt"):
         refused("seed0 is there: --resume evaluates its best.pt, last.pt is gone; --seed or --out give another", train)
