@@ -205,7 +205,7 @@ def test_images_are_a_folder_for_cifar10(tmp_path):
         study.main(["--dataset", "cifar10", "--results", results, "--dry-run"])
 
 
-@pytest.mark.parametrize("dataset", ["fashion_mnist", "cifar10", "digits"])
+@pytest.mark.parametrize("dataset", study.SETTINGS)
 def test_every_run_of_the_study_is_in_the_results(dataset, tmp_path, capsys):
     argv = ["--dataset", dataset, "--results", str(study.ROOT / f"paper/results/{dataset}.csv"), "--dry-run"]
     study.main(argv + ["--images", str(tmp_path)] * (dataset == "cifar10"))
