@@ -71,10 +71,10 @@ def draw_effect(axes: Axes, studies: list[tuple[str, Values]], dataset: str) -> 
         ratio = compare(*(values.get(label, {}) for label in pair))
         if ratio:
             mean, half, _, seeds = ratio
-            low, at, high = (100 * math.expm1(mean + d) for d in ((-half, 0, half) if seeds > 1 else (0, 0, 0)))
+            low, at, high = (100 * math.expm1(mean + d) for d in (-half, 0, half))
             bars = [[at - low], [high - at]]
-            label = f"here: FD-Lite0, width 1/{1 / width_of(studies[0][0]):.0f}" if i == 0 else None
-            axes.errorbar(i, at, bars, fmt="o", color=BLUE if i < len(KS) else ORANGE, capsize=4, label=label)
+            label = f"here: FD-Lite0, width 1/{1 / width_of(studies[0][0]):.0f} unless named" if i == 0 else None
+            axes.errorbar(i, at, bars if seeds > 1 else None, fmt="o", color=BLUE, capsize=4, label=label)
             text = f"{percent(mean)} %" + (f"\n{seeds} seed" if seeds == 1 else "")
             place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(text, (i, at), fontsize=SIZE, path_effects=HALO, **place)

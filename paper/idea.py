@@ -79,16 +79,17 @@ def draw_plane(axes: Axes, e: Example, which: int, training: Tensor) -> None:
         axes.add_artist(AnnotationBbox(picture, tuple(z.tolist()), pad=0.1, bboxprops=box))
     (low, bottom), (high, top) = (e.mu - 3 * e.scale).tolist(), (e.mu + 3 * e.scale).tolist()
     axes.set(xlim=(low, high), ylim=(bottom, top), xticks=[], yticks=[], xlabel="z1", ylabel="z2")
-    axes.set_title(("its five sigma points", "five random samples of it")[which], color=colour, fontsize=12)
+    axes.set_title(("five sigma points of a posterior", "five random samples of it")[which], color=colour, fontsize=12)
 
 
 def draw_means(figure: SubFigure, e: Example, size: int) -> None:
     """Input and mean images, and below these what each of them has more (red) or less (blue) than the posterior's."""
     panels = figure.subplots(2, 3 + SHOWN)
-    for panel in panels.flat:
-        panel.set(xticks=[], yticks=[], frame_on=False)
+    for row, anchor in zip(panels, "SN", strict=True):  # no gap between the rows
+        for panel in row:
+            panel.set(xticks=[], yticks=[], frame_on=False, anchor=anchor)
     shown = [e.x, e.whole, e.mean, *e.means[:SHOWN]]
-    titles = ["input", "posterior", "σ points", *["samples"] * SHOWN]
+    titles = ["input", "posterior", "5 σ points", *["5 samples"] * SHOWN]
     colours = ["black", "black", POINTS, *[SAMPLES] * SHOWN]
     for i, (image, title, colour) in enumerate(zip(shown, titles, colours, strict=True)):
         panels[0, i].imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)

@@ -255,6 +255,7 @@ def test_the_effect_of_sigma_points_over_k_and_width(tmp_path):
     agreement.draw_effect(axes, [small, eighth, full], "fashion_mnist")
     points = [each.lines[0].get_xydata()[0] for each in axes.containers]  # at 100 (1 ± h): the middle of the logarithms
     assert np.allclose(points, [(0, 0), (1, -5), (3, 100 * math.sqrt(0.56) - 100), (4, -40), (5, -40)])
+    assert [each.has_yerr for each in axes.containers] == [False, True, True, False, False]  # one seed: no interval
     low, high = axes.containers[2].lines[2][0].get_segments()[0][:, 1]
     half = 12.7062 * math.log(8 / 7) / 2  # Student's t for one degree of freedom, standard error half the difference
     assert (low, high) == pytest.approx(tuple(100 * (math.sqrt(0.56) * math.exp(d) - 1) for d in (-half, half)))
