@@ -176,6 +176,10 @@ def test_the_idea_shows_what_points_decode_to_where_they_lie_and_how_far_their_m
         assert torch.allclose(((ellipse - e.mu) ** 2 / e.scale**2).sum(1), torch.ones(200).double(), rtol=1e-4)
     figure = Figure()
     idea.draw_means(figure, e, 9)
+    figure.draw_without_rendering()
+    above, below = (figure.axes[i].get_position() for i in (2, 8))
+    assert 0 < above.y0 - below.y1 < above.height  # a difference stands right below its image
+    assert [panel.get_title() for panel in figure.axes[2:4]] == ["5 σ points", "5 samples"]
     shown = [panel.images[0].get_array() for panel in figure.axes if panel.images]
     means = [e.images[0].mean(0), e.images[1].mean(0)]
     assert len(shown) == 10 and np.allclose(shown[0], e.x) and np.allclose(shown[1], e.whole, atol=1e-5)
